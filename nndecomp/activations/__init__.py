@@ -1,0 +1,1 @@
+"""From tokens to shuffled rows of activations."""

@@ -1,0 +1,75 @@
+"""The face that every decomposition shows to training, evaluation and reports.
+
+    x      [token, d_reads]    activations at `reads`, side by side
+    y_hat  [token, d_writes]   its account of the activations at `writes`, side by side
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nndecomp.types import Layout, Site
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """What one active component of a group costs, for the x-axes of a Pareto plot.
+
+    A group's component is counted at every site it writes (`n_writes`), and touches `parameters` weights when active;
+    deciding which are active costs `gate_parameters` weights a token, however many are.
+    """
+
+    name: str  # e.g. "L3" or "L3.c_fc": the module the components belong to
+    n_components: int
+    parameters: int  # read vector + write vector of one component
+    n_writes: int
+    gate_parameters: int
+
+
+class Active(Protocol):
+    """Which components were active on each token."""
+
+    def counts(self) -> Int[Tensor, "token group"]:
+        """Active components of each group."""
+        ...
+
+
+class LiveRun(Protocol):
+    """One forward pass in which the decomposition answers site by site, in model order."""
+
+    def read(self, site: Site, value: Float[Tensor, "token width"]) -> None:
+        """Take in what arrives at a site of `reads`."""
+        ...
+
+    def write(self, site: Site) -> Float[Tensor, "token width"]:
+        """The replacement for a site of `writes`, from what has been read so far."""
+        ...
+
+    def active(self) -> Active:
+        """Codes of all groups, once every site of `reads` has been read."""
+        ...
+
+
+class Decomposition(nn.Module, ABC):
+    reads: tuple[Site, ...]  # in model order
+    writes: tuple[Site, ...]  # in model order
+    read_layout: Layout  # columns of x
+    write_layout: Layout  # columns of y
+    costs: tuple[GroupCost, ...]  # one a group
+
+    @abstractmethod
+    def forward(
+        self, x: Float[Tensor, "token d_reads"]
+    ) -> tuple[Float[Tensor, "token d_writes"], Active]:
+        """Reconstruction and what was active. In eval mode each token is treated on its own."""
+
+    @abstractmethod
+    def live_obstacle(self) -> str | None:
+        """Why the decomposition cannot be evaluated live (a clause for a sentence), or None if it can."""
+
+    @abstractmethod
+    def live_run(self) -> LiveRun:
+        """A fresh pass. For all sites read and then written it equals `forward`."""

@@ -1,0 +1,1 @@
+"""Measure decompositions: the same code for every kind."""

@@ -1,0 +1,91 @@
+"""What the rest of the package needs from a model under study."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nndecomp.errors import SettingError
+from nndecomp.types import Point, Site
+
+# Given the activation [batch, pos, width] that arrives at a site, what to put there; None leaves it as it is.
+Replace = Callable[[Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """Sizes known from a model's configuration alone, before any weight is loaded."""
+
+    n_layers: int
+    d_model: int
+    d_mlp: int
+    n_heads: int
+    d_head: int
+    n_vocab: int
+    n_ctx: int
+    points: frozenset[Point]  # points this family has: parallel blocks have no resid_mid
+
+    def width(self, site: Site) -> int:
+        """Coordinates of the activation at `site`."""
+        match site.point:
+            case Point.mlp_hidden:
+                return self.d_mlp
+            case Point.z:
+                return self.d_head if site.head is not None else self.n_heads * self.d_head
+            case _:
+                return self.d_model
+
+    def check(self, site: Site, setting: str) -> None:
+        """Refuse a site that this model does not have, naming the setting that asked for it."""
+        if site.layer >= self.n_layers:
+            raise SettingError(
+                f"{setting} asks for site {site}, but the target has layers 0 to {self.n_layers - 1}"
+            )
+        if site.point not in self.points:
+            raise SettingError(
+                f"{setting} asks for site {site}, but the target has no {site.point.value}; "
+                f"it has {', '.join(p.value for p in Point if p in self.points)}"
+            )
+        if site.head is not None and site.head >= self.n_heads:
+            raise SettingError(
+                f"{setting} asks for site {site}, but the target has heads 0 to {self.n_heads - 1}"
+            )
+
+
+class Target(ABC):
+    """A language model in eval mode, its parameters frozen. Padding, if any, stands right of the text."""
+
+    name: str  # as a reader would recognise it in a table
+    shape: TargetShape
+    tokenizer: Any  # a transformers PreTrainedTokenizerBase
+    device: torch.device
+
+    @abstractmethod
+    def record(
+        self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site]
+    ) -> dict[Site, Float[Tensor, "batch pos width"]]:
+        """The activations at `sites`, from one forward pass that stops after the last of them.
+
+        No LM head is computed. No gradient is kept. Replacements of an enclosing `patch` apply.
+        """
+
+    @abstractmethod
+    def patch(self, replacements: Mapping[Site, Replace]) -> AbstractContextManager[None]:
+        """Within the block, every forward pass puts each site's activation through its replacement.
+
+        Sites are visited in the order in which the model computes them. The hooks are gone afterwards, also
+        after an exception.
+        """
+
+    @abstractmethod
+    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        """Next-token logits. Gradients flow if the caller enabled them."""
+
+    @abstractmethod
+    def mlp_out_of(self, layer: int, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows d"]:
+        """mlp_out from mlp_hidden by the model's own modules (last linear map, bias, post-norm if any)."""

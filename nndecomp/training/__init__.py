@@ -1,0 +1,1 @@
+"""Fit anything that has a loss to a stream of batches."""
