@@ -36,6 +36,10 @@ class Active(Protocol):
         """Active components of each group."""
         ...
 
+    def firings(self) -> tuple[Int[Tensor, " component"], ...]:
+        """For each group: on how many of these tokens each of its components was active."""
+        ...
+
 
 class LiveRun(Protocol):
     """One forward pass in which the decomposition answers site by site, in model order."""
