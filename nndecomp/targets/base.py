@@ -43,18 +43,14 @@ class TargetShape:
     def check(self, site: Site, setting: str) -> None:
         """Refuse a site that this model does not have, naming the setting that asked for it."""
         if site.layer >= self.n_layers:
-            raise SettingError(
-                f"{setting} asks for site {site}, but the target has layers 0 to {self.n_layers - 1}"
-            )
+            raise SettingError(f"{setting} asks for site {site}, but the target has layers 0 to {self.n_layers - 1}")
         if site.point not in self.points:
             raise SettingError(
                 f"{setting} asks for site {site}, but the target has no {site.point.value}; "
                 f"it has {', '.join(p.value for p in Point if p in self.points)}"
             )
         if site.head is not None and site.head >= self.n_heads:
-            raise SettingError(
-                f"{setting} asks for site {site}, but the target has heads 0 to {self.n_heads - 1}"
-            )
+            raise SettingError(f"{setting} asks for site {site}, but the target has heads 0 to {self.n_heads - 1}")
 
 
 class Target(ABC):
