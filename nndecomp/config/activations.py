@@ -1,0 +1,37 @@
+"""Where rows of activations come from, and how they are scaled and mixed."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from nndecomp.config.checks import DType, require
+
+
+class ActivationsKind(Enum):
+    live = "live"  # harvested from the target as training goes
+    store = "store"  # read from a directory written before
+
+
+class Normalisation(Enum):
+    none = "none"
+    dataset = "dataset"  # each site scaled so that E|x|^2 = width; folded into the weights that are saved
+
+
+@dataclass(kw_only=True)
+class ActivationsConfig:
+    kind: ActivationsKind
+    store: str | None = None  # kind=store: the directory
+    batch_seqs: int = 32  # sequences per forward pass of the target
+    buffer_tokens: int = 131072  # rows mixed together by the shuffle buffer
+    dtype: DType = DType.float32  # of rows in the buffer and in a store
+    normalisation: Normalisation = Normalisation.dataset
+    normalisation_tokens: int = 1_000_000  # rows over which the scale is measured
+    drop_bos: bool = True  # mask BOS positions, whose norm dwarfs all others
+
+    def __post_init__(self) -> None:
+        require(self.batch_seqs > 0, f"activations.batch_seqs={self.batch_seqs} must be positive")
+        require(self.buffer_tokens > 0, f"activations.buffer_tokens={self.buffer_tokens} must be positive")
+        require(
+            (self.kind is ActivationsKind.store) == (self.store is not None),
+            f"activations.store={self.store} does not go with activations.kind={self.kind.value}; "
+            "a store directory is needed for kind=store, and for nothing else",
+        )

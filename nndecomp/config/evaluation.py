@@ -1,0 +1,34 @@
+"""What is measured, on how much held-out text."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from nndecomp.config.checks import require
+
+
+class Inputs(Enum):
+    clean = "clean"  # replacements computed from the undisturbed run
+    live = "live"  # each read sees what arrives in the patched run: errors compound
+
+
+class Patched(Enum):
+    all = "all"  # every written site at once
+    single = "single"  # each written site alone
+    prefixes = "prefixes"  # the first one, the first two, ...
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    n_seqs: int
+    batch_seqs: int
+    inputs: list[Inputs]
+    patched: list[Patched]
+    mean_seqs: int = 64  # sequences of the training split that give the means for mean-ablation
+    bootstrap: int = 1000  # resamples of sequences
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        require(self.n_seqs >= 2, f"evaluation.n_seqs={self.n_seqs}: intervals need at least 2 sequences")
+        require(self.batch_seqs > 0, f"evaluation.batch_seqs={self.batch_seqs} must be positive")
+        require(self.mean_seqs > 0, f"evaluation.mean_seqs={self.mean_seqs} must be positive")
+        require(0 < self.confidence < 1, f"evaluation.confidence={self.confidence} must lie between 0 and 1")

@@ -1,0 +1,18 @@
+"""Where progress is reported, beside metrics.jsonl in the run directory."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Wandb(Enum):
+    disabled = "disabled"
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    wandb: Wandb
+    project: str = "nndecomp"
+    entity: str | None = None
+    group: str | None = None

@@ -1,0 +1,75 @@
+"""How anything is trained: decompositions, and language models from nothing."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from nndecomp.config.checks import DType, require
+
+
+class Optimizer(Enum):
+    adam = "adam"
+    adamw = "adamw"
+
+
+class LrSchedule(Enum):
+    constant = "constant"
+    linear = "linear"  # to lr_end over the last lr_decay share of the steps
+    cosine = "cosine"  # to lr_end over all steps after warm-up
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    n_tokens: int
+    batch_tokens: int
+    optimizer: Optimizer = Optimizer.adam
+    lr: float
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0  # on matrices only
+    lr_schedule: LrSchedule = LrSchedule.linear
+    lr_warmup: float = 0.02  # share of the steps
+    lr_decay: float = 0.2  # share of the steps
+    lr_end: float = 0.0  # share of lr
+    clip_norm: float | None = 1.0  # per decomposition; null: no clipping
+    autocast: DType = DType.float32  # bfloat16: forward and backward in bf16, parameters in fp32
+    checkpoint_every: int = 1000  # steps
+    evaluate_every: int = 0  # steps; 0: only at the end
+    log_every: int = 50  # steps
+
+    @property
+    def n_steps(self) -> int:
+        return self.n_tokens // self.batch_tokens
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.batch_tokens <= self.n_tokens,
+            f"training.batch_tokens={self.batch_tokens} must lie between 1 and training.n_tokens={self.n_tokens}",
+        )
+        require(self.lr > 0, f"training.lr={self.lr} must be positive")
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"training.betas={self.betas} must be two numbers from 0 up to 1",
+        )
+        require(
+            self.lr_warmup >= 0 and self.lr_decay >= 0 and self.lr_warmup + self.lr_decay <= 1,
+            f"training.lr_warmup={self.lr_warmup} and training.lr_decay={self.lr_decay} are shares that add to at most 1",
+        )
+        require(
+            self.autocast is not DType.float16,
+            "training.autocast=float16 would need loss scaling; use bfloat16 or float32",
+        )
+        for name in ("checkpoint_every", "log_every"):
+            require(getattr(self, name) > 0, f"training.{name}={getattr(self, name)} must be positive")
+
+
+@dataclass(kw_only=True)
+class PretrainConfig:
+    """A LlamaSimpleMLP to train from nothing, and the tokenizer trained for it."""
+
+    n_layers: int
+    d_model: int
+    d_mlp: int
+    n_heads: int
+    n_kv_heads: int
+    n_ctx: int
+    vocab_size: int  # byte-level BPE
+    tokenizer_documents: int  # documents of the training split that the tokenizer is trained on
