@@ -1,0 +1,123 @@
+"""Where documents come from, and which of them are held out.
+
+A document is held out if the hash of its content falls below `heldout_fraction`: whatever its place, copies of it are
+on the same side. The standard library is split by the hash of the file's relative path instead, so that a file of the
+same name stays on its side in every version of Python; copies of a file are read once.
+"""
+
+import sysconfig
+import tokenize
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+from nndecomp.config.schema import TokensConfig, require
+from nndecomp.errors import SettingError
+
+Body = str | list[int]  # text, or token ids where the source is tokenised already
+
+# Directories of the standard library that are not its own source text.
+_NOT_STDLIB = {"__pycache__", "idlelib", "lib2to3", "site-packages", "dist-packages", "test", "tests"}
+_SUFFIXES = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # and the builder that reads them
+
+
+@dataclass(frozen=True)
+class Document:
+    body: Body
+    key: bytes  # what decides on which side of the split it is
+
+    def heldout(self, fraction: float) -> bool:
+        """A uniform draw from [0, 1) that only the key decides, below `fraction`."""
+        return int.from_bytes(blake2b(self.key, digest_size=8).digest()) < fraction * 2**64
+
+    @staticmethod
+    def of(body: Body) -> "Document":
+        """A document split by its content."""
+        key = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else array("q", body).tobytes()
+        return Document(body, key)
+
+
+class Documents(Protocol):
+    """Documents that can be reached in any order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Document: ...
+
+
+def stdlib_documents(root: Path | None = None) -> list[Document]:
+    """The standard library's own modules, ordered by relative path, each distinct text once."""
+    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    documents, seen = [], set()
+    for name in sorted(paths):
+        # _sysconfigdata_* records how this one interpreter was built.
+        if _NOT_STDLIB & set(name.split("/")) or name.startswith("_sysconfigdata"):
+            continue
+        with tokenize.open(paths[name]) as file:
+            text = file.read()
+        if text.strip() and text not in seen:
+            seen.add(text)
+            documents.append(Document(text, name.encode()))
+    assert documents, f"no source text of the standard library in {root}"
+    return documents
+
+
+@dataclass(frozen=True)
+class Table:
+    """One column of a data set on disk, memory-mapped."""
+
+    rows: Any  # datasets.Dataset with the column alone
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Document:
+        return Document.of(self.rows[index][self.column])
+
+
+def column_of(cfg: TokensConfig, names: Sequence[str]) -> str:
+    """The column to read, if it is there."""
+    setting = "text_column" if cfg.tokens_column is None else "tokens_column"
+    column = getattr(cfg, setting)
+    require(
+        column in names,
+        f"tokens.{setting}={column} is not a column of {cfg.path}, which has {', '.join(sorted(names))}",
+    )
+    return column
+
+
+def files_documents(cfg: TokensConfig) -> Table:
+    """Local .txt (one document a file), .jsonl or .parquet (one document a row): a file, a directory, or a glob."""
+    import datasets
+
+    assert cfg.path is not None
+    path = Path(cfg.path).expanduser()
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.suffix in _SUFFIXES]
+    elif path.exists():
+        found = [path]
+    else:
+        anchor = Path(path.anchor) if path.anchor else Path()
+        found = list(anchor.glob(str(path.relative_to(anchor))))
+    require(
+        bool(found),
+        f"tokens.path={cfg.path} matches no file; give a {', '.join(_SUFFIXES)} file, a directory of them or a glob",
+    )
+    suffixes = sorted({file.suffix for file in found})
+    require(
+        len(suffixes) == 1 and suffixes[0] in _SUFFIXES,
+        f"tokens.path={cfg.path} matches files of kind {', '.join(suffixes)}; give one kind of {', '.join(_SUFFIXES)}",
+    )
+    options = {"sample_by": "document"} if suffixes == [".txt"] else {}
+    rows = datasets.load_dataset(_SUFFIXES[suffixes[0]], data_files=sorted(map(str, found)), split="train", **options)
+    return table_of(cfg, rows)
+
+
+def table_of(cfg: TokensConfig, rows: Any) -> Table:
+    column = column_of(cfg, rows.column_names)
+    return Table(rows.select_columns([column]), column)
