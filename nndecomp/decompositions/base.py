@@ -6,7 +6,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class GroupCost:
     gate_parameters: int
 
 
+@runtime_checkable
 class Active(Protocol):
     """Which components were active on each token."""
 
@@ -41,6 +42,7 @@ class Active(Protocol):
         ...
 
 
+@runtime_checkable
 class LiveRun(Protocol):
     """One forward pass in which the decomposition answers site by site, in model order."""
 
