@@ -26,10 +26,16 @@ class ActivationsConfig:
     normalisation: Normalisation = Normalisation.dataset
     normalisation_tokens: int = 1_000_000  # rows over which the scale is measured
     drop_bos: bool = True  # mask BOS positions, whose norm dwarfs all others
+    drop_first: int = 0  # positions at the start of each row to mask: attention sinks
+    verify: bool = False  # kind=store: check every byte against its checksum before training
 
     def __post_init__(self) -> None:
         require(self.batch_seqs > 0, f"activations.batch_seqs={self.batch_seqs} must be positive")
         require(self.buffer_tokens > 0, f"activations.buffer_tokens={self.buffer_tokens} must be positive")
+        require(
+            self.drop_first >= 0,
+            f"activations.drop_first={self.drop_first} must be 0 or more positions",
+        )
         require(
             (self.kind is ActivationsKind.store) == (self.store is not None),
             f"activations.store={self.store} does not go with activations.kind={self.kind.value}; "

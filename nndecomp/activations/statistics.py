@@ -1,0 +1,84 @@
+"""Mean, variance and scale of each site, streamed in float64 over the rows that count."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nndecomp.activations.harvest import Harvester
+from nndecomp.types import Layout, Site
+
+CHUNK_ROWS = 512  # rows cast to float64 at a time: they stay in the cache
+
+
+class RunningStatistics:
+    """Count, mean and M2 = sum of (x - mean)^2 per column, in float64 whatever the rows are stored in.
+
+    Merging two sets of rows (Chan, Golub & LeVeque 1979, equation 2.1), with delta = mean_b - mean_a:
+
+        mean = mean_a + delta n_b / n
+        M2   = M2_a + M2_b + delta^2 n_a n_b / n
+    """
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self.m2 = torch.zeros(width, dtype=torch.float64)
+
+    def update(self, rows: Float[Tensor, "token width"]) -> None:
+        for chunk in rows.split(CHUNK_ROWS):
+            # MPS has no float64.
+            exact = (chunk.cpu() if chunk.device.type == "mps" else chunk).double()
+            mean = exact.mean(0)
+            self.merge(len(chunk), mean, (exact - mean).square().sum(0))
+
+    def merge(self, count: int, mean: Float[Tensor, "width"], m2: Float[Tensor, "width"]) -> None:
+        """Take in the statistics of `count` further rows."""
+        if count == 0:
+            return
+        # The sums stay on the device of the rows: no transfer, and no wait, for each chunk.
+        self.mean, self.m2 = self.mean.to(mean.device), self.m2.to(mean.device)
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.m2 = self.m2 + m2 + delta.square() * (self.count * count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> Float[Tensor, "width"]:
+        """Around the mean, divided by the count (population variance)."""
+        assert self.count > 0, "no rows were counted"
+        return self.m2 / self.count
+
+    @property
+    def mean_square(self) -> Float[Tensor, "width"]:
+        return self.variance + self.mean.square()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["mean"].shape == self.mean.shape, f"{state['mean'].shape} columns saved, not {self.mean.shape}"
+        self.count, self.mean, self.m2 = state["count"], state["mean"].clone(), state["m2"].clone()
+
+
+def measure(harvester: Harvester, n_rows: int) -> RunningStatistics:
+    """Statistics of the next rows of a harvester, at least `n_rows` of them (whole forward passes)."""
+    statistics = RunningStatistics(harvester.layout.width)
+    while statistics.count < n_rows:
+        statistics.update(harvester.next_rows())
+    return statistics
+
+
+def site_scales(statistics: RunningStatistics, layout: Layout) -> dict[Site, float]:
+    """s for each site such that E|x|^2 = s^2 width: rows divided by s have mean square 1."""
+    scales = {site: statistics.mean_square[span].mean().sqrt().item() for site, span in layout.spans.items()}
+    for site, scale in scales.items():
+        assert scale > 0, f"the activations at {site} are all zero"
+    return scales
+
+
+def site_means(statistics: RunningStatistics, layout: Layout) -> dict[Site, Float[Tensor, "width"]]:
+    """The mean activation of each site, in fp32: what mean ablation puts there."""
+    return {site: statistics.mean[span].float() for site, span in layout.spans.items()}
