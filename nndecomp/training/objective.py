@@ -1,0 +1,43 @@
+"""What the loop trains, and what it trains on."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Objective(Protocol):
+    """Anything with a loss: an `nn.Module` whose parameters are trained and whose buffers are saved with them.
+
+    One step calls `loss`, backward, `before_step`, clipping, the optimiser, `after_step`, in this order. Everything that
+    has to survive a restart lives in parameters and buffers.
+    """
+
+    def loss(self, batch: Any, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise, and scalar terms to log, by name; all stay on the device.
+
+        progress: share of the steps already made, from 0 up to but not including 1; it drives the objective's schedules.
+        """
+        ...
+
+    def before_step(self) -> None:
+        """Changes gradients before they are clipped, e.g. removes those along unit-norm decoder rows."""
+        ...
+
+    def after_step(self) -> None:
+        """Restores constraints on parameters and updates what is counted or averaged over batches."""
+        ...
+
+    # What `nn.Module` brings along.
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+    def train(self, mode: bool = True) -> Any: ...
+
+
+class Stream(Protocol):
+    """Endless batches. The state holds tensors and plain values; restoring it gives the same next batches, bit for bit."""
+
+    def next_batch(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -1,0 +1,103 @@
+"""How far training is, how fast, and for how long still: a bar on a terminal, a line every half minute elsewhere.
+
+sae_k16:  42%|████████▍           | 2.10M/5.00M [00:41<00:57, 51.0ktok/s, loss 0.213]
+sae_k16: 42 % (2.10M of 5.00M tokens), 51.0k tokens/s, 57 s left, loss 0.213
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self, TextIO
+
+from tqdm import tqdm
+
+LINE_EVERY_SECONDS = 30
+
+
+def duration(seconds: float) -> str:
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {whole:02} s" if minutes else f"{whole} s"
+
+
+class Progress:
+    def __init__(self, description: str, n_tokens: int, done_tokens: int, file: TextIO | None = None) -> None:
+        """done_tokens: those of earlier starts of the same run, which count for how far but not for how fast."""
+        self.file = sys.stderr if file is None else file
+        self.description, self.n_tokens = description, n_tokens
+        self.first = self.done = done_tokens
+        self.note = ""
+        self.started = self.spoken = time.monotonic()
+        self.bar = tqdm(
+            total=n_tokens,
+            initial=done_tokens,
+            desc=description,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            file=self.file,
+            disable=not self.file.isatty(),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        if self.bar.disable:
+            self.say()
+
+    def advance(self, n_tokens: int) -> None:
+        self.done += n_tokens
+        self.bar.update(n_tokens)
+        if self.bar.disable and time.monotonic() - self.spoken >= LINE_EVERY_SECONDS:
+            self.say()
+
+    def show(self, note: str) -> None:
+        """What is said beside the numbers until the next call, e.g. the loss."""
+        self.note = note
+        self.bar.set_postfix_str(note, refresh=False)
+
+    def say(self) -> None:
+        self.spoken = time.monotonic()
+        speed = (self.done - self.first) / (self.spoken - self.started)
+        size = tqdm.format_sizeof
+        left = (
+            [f"{duration((self.n_tokens - self.done) / speed)} left"] if speed > 0 and self.done < self.n_tokens else []
+        )
+        amount = f"{100 * self.done // self.n_tokens} % ({size(self.done)} of {size(self.n_tokens)} tokens)"
+        parts = [amount, f"{size(speed)} tokens/s", *left, *([self.note] if self.note else [])]
+        print(f"{self.description}: {', '.join(parts)}", file=self.file, flush=True)
+
+
+class Clock:
+    """Tokens per second, and the share of the time spent waiting for data, from lap to lap."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.tokens = 0
+        self.waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    def count(self, n_tokens: int) -> None:
+        self.tokens += n_tokens
+
+    def lap(self) -> dict[str, float]:
+        now = time.monotonic()
+        seconds = now - self.started
+        row = {
+            "tokens_per_s": round(self.tokens / seconds, 1),
+            "waiting_share": round(self.waited / seconds, 4),
+            "seconds": round(seconds, 4),
+        }
+        self.started, self.tokens, self.waited = now, 0, 0.0
+        return row
