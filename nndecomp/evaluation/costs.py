@@ -1,0 +1,62 @@
+"""The x-axes of a Pareto plot: what a decomposition spends on one token.
+
+With l_g the mean number of active components of group g, each axis is linear in l:
+
+    active_per_module           mean over groups of l_g
+    active_per_reconstruction   sum_g l_g n_writes_g / n_writes             components that write to one site
+    active_parameters           sum_g l_g parameters_g                      weights of the active components
+    active_parameters_with_gate sum_g l_g parameters_g + gate_parameters_g  and those that decide which are active
+    description_length          sum_g l_g (log2 n_components_g + VALUE_BITS)
+
+n_writes is the number of different sites written (one a layer, when MLPs are replaced). The second axis is fair to
+methods whose components write to several layers or share the work of one layer between two weight matrices; the last
+counts the bits that name the active components and their values, one at a time, without entropy coding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nndecomp.decompositions.base import GroupCost
+
+# Bits that hold one activation value. A convention, not a measurement: the same for every method.
+VALUE_BITS = 8
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One x-axis: `weights` . l + `constant`, in `unit`, for l the mean active components of each group."""
+
+    name: str
+    unit: str
+    weights: Float[Tensor, " group"]
+    constant: float = 0.0
+
+    def of(self, active: Float[Tensor, "*rows group"]) -> Float[Tensor, "*rows"]:
+        return active @ self.weights + self.constant
+
+
+def axes(costs: Sequence[GroupCost], n_writes: int) -> tuple[Axis, ...]:
+    """All axes of decompositions with groups `costs` that together write `n_writes` sites."""
+    assert costs and n_writes > 0, f"{len(costs)} groups that write {n_writes} sites reconstruct nothing"
+
+    def each(values: Sequence[int | float]) -> Float[Tensor, " group"]:
+        return torch.tensor(values, dtype=torch.float64)
+
+    parameters = each([cost.parameters for cost in costs])
+    return (
+        Axis("active_per_module", "components/token", each([1 / len(costs)] * len(costs))),
+        Axis("active_per_reconstruction", "components/token", each([cost.n_writes / n_writes for cost in costs])),
+        Axis("active_parameters", "weights/token", parameters),
+        Axis(
+            "active_parameters_with_gate",
+            "weights/token",
+            parameters,
+            float(sum(cost.gate_parameters for cost in costs)),
+        ),
+        Axis("description_length", "bits/token", each([math.log2(c.n_components) + VALUE_BITS for c in costs])),
+    )

@@ -1,0 +1,206 @@
+"""Replacing activations in the target and reading what that does to its predictions.
+
+Only positions where `keep` is true are replaced, in every condition: the others (padding, BOS) hold activations that no
+decomposition was asked to explain. Predictions are scored wherever the next token is real.
+
+    zero, mean   ablation: written sites become 0, or their mean over training text
+    clean        written sites become the reconstruction computed from the undisturbed run
+    live         written sites become the reconstruction computed from what arrives inside the patched run
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nndecomp.config.schema import Patched
+from nndecomp.decompositions.base import Decomposition, LiveRun
+from nndecomp.evaluation.bootstrap import Ratio
+from nndecomp.targets.base import Replace, Target
+from nndecomp.types import Site
+
+
+@dataclass(frozen=True)
+class PatchSet:
+    """Sites replaced together."""
+
+    patched: Patched
+    sites: tuple[Site, ...]
+
+    @property
+    def site(self) -> str:
+        """How rows name the sites."""
+        match self.patched:
+            case Patched.all:
+                return "all"
+            case Patched.single:
+                return str(self.sites[0])
+            case Patched.prefixes:
+                return f"{self.sites[0]}-{self.sites[-1]}"
+
+
+def patch_sets(writes: Sequence[Site], patched: Sequence[Patched]) -> list[PatchSet]:
+    """What is replaced together when `writes` are the sites of a decomposition, in model order."""
+    sites = tuple(sorted(writes))
+    sets = {
+        Patched.all: [sites],
+        Patched.single: [(site,) for site in sites],
+        Patched.prefixes: [sites[: n + 1] for n in range(len(sites))],
+    }
+    return [PatchSet(kind, each) for kind in patched for each in sets[kind]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences of the held-out text, and which of their positions count."""
+
+    seqs: slice  # which sequences of the held-out text
+    tokens: Int[Tensor, "batch pos"]
+    kept: Int[Tensor, " token"]  # positions that are replaced and reconstructed, in flattened (batch, pos)
+    predicts: Bool[Tensor, "batch pos-1"]  # predictions of a real token
+
+    def per_seq(self, values: Float[Tensor, "token *rest"]) -> Float[Tensor, "batch *rest"]:
+        """Rows summed by the sequence they belong to, in float64 (on the CPU where the device has none)."""
+        if values.device.type == "mps":
+            values = values.cpu()
+        seq = (self.kept // self.tokens.shape[1]).to(values.device)
+        sums = values.new_zeros(len(self.tokens), *values.shape[1:], dtype=torch.float64)
+        return sums.index_add_(0, seq, values.double()).cpu()
+
+    def rows(self, value: Float[Tensor, "batch pos width"]) -> Float[Tensor, "token width"]:
+        """The kept positions, as float32 rows."""
+        return value.flatten(0, 1).index_select(0, self.kept).float()
+
+    def put(
+        self, value: Float[Tensor, "batch pos width"], rows: Float[Tensor, "token width"]
+    ) -> Float[Tensor, "batch pos width"]:
+        """`value` with its kept positions replaced by `rows`."""
+        flat = value.flatten(0, 1).index_copy(0, self.kept, rows.to(value.dtype))
+        return flat.view(value.shape)
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """The undisturbed run: its activations at the kept positions and its next-token log-probabilities."""
+
+    rows: dict[Site, Float[Tensor, "token width"]]
+    log_p: Float[Tensor, "batch pos vocab"]
+
+
+def clean_run(target: Target, batch: Batch, sites: Sequence[Site]) -> CleanRun:
+    """One forward pass that yields activations and predictions."""
+    rows: dict[Site, Tensor] = {}
+
+    def keep_at(site: Site) -> Replace:
+        def record(value: Tensor) -> None:
+            rows[site] = batch.rows(value)
+
+        return record
+
+    with target.patch({site: keep_at(site) for site in sites}):
+        logits = target.logits(batch.tokens)
+    return CleanRun(rows, logits.float().log_softmax(-1))
+
+
+def ablation(batch: Batch, values: Mapping[Site, Float[Tensor, " width"] | None]) -> dict[Site, Replace]:
+    """Sites become constant: the given vector, or zero."""
+
+    def constant(vector: Tensor | None) -> Replace:
+        def replace(value: Tensor) -> Tensor:
+            row = value.new_zeros(value.shape[-1]) if vector is None else vector.to(value.device)
+            return batch.put(value, row.expand(len(batch.kept), -1))
+
+        return replace
+
+    return {site: constant(vector) for site, vector in values.items()}
+
+
+def pasted(batch: Batch, rows: Mapping[Site, Float[Tensor, "token width"]]) -> dict[Site, Replace]:
+    """Sites become given rows: reconstructions computed from the clean run."""
+
+    def paste(site: Site) -> Replace:
+        return lambda value: batch.put(value, rows[site])
+
+    return {site: paste(site) for site in rows}
+
+
+# Told of every replacement of a live run: the site, what arrived there, what replaced it.
+Witness = Callable[[Site, Tensor, Tensor], None]
+
+
+def live(
+    batch: Batch, decompositions: Sequence[Decomposition], sites: Sequence[Site], witness: Witness | None = None
+) -> tuple[dict[Site, Replace], list[LiveRun]]:
+    """Replacements at `sites` computed inside the patched run, and the runs that compute them.
+
+    A decomposition reads a site before it writes it, and reads what others have written there: whatever leaves the
+    site. Sites that are written but not in `sites` keep the target's own value, while features are read everywhere.
+    """
+    runs = [each.live_run() for each in decompositions]
+    writer = {site: run for each, run in zip(decompositions, runs, strict=True) for site in each.writes}
+    readers: dict[Site, list[LiveRun]] = {site: [] for site in sites}
+    for each, run in zip(decompositions, runs, strict=True):
+        for site in each.reads:
+            readers.setdefault(site, []).append(run)
+
+    def visit(site: Site) -> Replace:
+        def replace(value: Tensor) -> Tensor | None:
+            rows = arrived = batch.rows(value)
+            if site in sites:
+                if writer[site] in readers[site]:
+                    writer[site].read(site, arrived)
+                rows = writer[site].write(site)
+                if witness is not None:
+                    witness(site, arrived, rows)
+            for run in readers[site]:
+                if site not in sites or run is not writer[site]:
+                    run.read(site, rows)
+            return batch.put(value, rows) if site in sites else None
+
+        return replace
+
+    return {site: visit(site) for site in readers}, runs
+
+
+class Predictions:
+    """What the target predicted under one condition, summed per sequence in float64.
+
+    ce    -log Q(next token), nats
+    kl    KL(P || Q) with P the clean run's prediction and Q this run's, nats
+    agree the most likely token is the same
+    """
+
+    def __init__(self, n_seqs: int) -> None:
+        self.ce, self.kl, self.agree, self.n = torch.zeros(4, n_seqs, dtype=torch.float64).unbind()
+
+    def add(self, batch: Batch, clean: CleanRun, log_qs: Iterable[Float[Tensor, "pos vocab"]]) -> None:
+        """`log_qs`: log-probabilities, one sequence after the other, so that only one need exist at a time."""
+        for i, (log_p, log_q) in enumerate(zip(clean.log_p, log_qs, strict=True)):
+            seq, predicts = batch.seqs.start + i, batch.predicts[i]
+            log_p, log_q = log_p[:-1], log_q[:-1]
+            ce = -log_q.gather(-1, batch.tokens[i, 1:, None])[:, 0]
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            agree = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+            sums = torch.stack([ce, kl, agree, torch.ones_like(ce)]) * predicts
+            assert sums.isfinite().all(), f"predictions of held-out sequence {seq} are not finite numbers"
+            # Some devices have no float64: sums over one sequence in float32 there, over sequences in float64 here.
+            ce_sum, kl_sum, agree_sum, n = sums.sum(-1).cpu().double()
+            self.ce[seq], self.kl[seq], self.agree[seq], self.n[seq] = ce_sum, kl_sum, agree_sum, n
+
+    def means(self) -> dict[str, Ratio]:
+        return {
+            "ce": Ratio(self.ce, self.n),
+            "kl": Ratio(self.kl, self.n),
+            "top1_agreement": Ratio(self.agree, self.n),
+        }
+
+
+def predictions(
+    target: Target, batch: Batch, clean: CleanRun, replacements: Mapping[Site, Replace], into: Predictions
+) -> None:
+    """One patched forward pass, its predictions added to `into`."""
+    with target.patch(replacements):
+        logits = target.logits(batch.tokens)
+    into.add(batch, clean, (each.float().log_softmax(-1) for each in logits))

@@ -1,0 +1,104 @@
+"""How well activations are reconstructed, and by how many components.
+
+    fvu = sum |y - y_hat|^2 / sum |y - mean y|^2        fraction of variance unexplained, 1 - explained variance
+
+over all kept tokens, sums in float64: 1 for a decomposition that always answers the mean, the same under y -> a y.
+Pooled over sites, `fvu` divides summed errors by summed variances (a site with more variance weighs more);
+`fvu_mean_over_sites` weighs sites equally.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nndecomp.decompositions.base import Active, GroupCost
+from nndecomp.evaluation.bootstrap import Ratio
+from nndecomp.evaluation.patching import Batch
+from nndecomp.types import Site
+
+
+class SiteErrors:
+    """Running sums of one written site. `centre` [width] is any point near the mean: sums of squares lose no digits."""
+
+    def __init__(self, n_seqs: int, centre: Float[Tensor, " width"]) -> None:
+        self.centre = centre.cpu().float()
+        self.squared_error, self.cosine, self.squares, self.n = torch.zeros(4, n_seqs, dtype=torch.float64).unbind()
+        self.sums = torch.zeros(n_seqs, len(centre), dtype=torch.float64)
+
+    def add(self, batch: Batch, y: Float[Tensor, "token width"], y_hat: Float[Tensor, "token width"]) -> None:
+        centred = y - self.centre.to(y)
+        self.squared_error[batch.seqs] += batch.per_seq((y - y_hat).square()).sum(-1)
+        self.cosine[batch.seqs] += batch.per_seq(torch.cosine_similarity(y, y_hat, dim=-1))
+        self.squares[batch.seqs] += batch.per_seq(centred.square()).sum(-1)
+        self.sums[batch.seqs] += batch.per_seq(centred)
+        self.n[batch.seqs] += batch.per_seq(torch.ones(len(y)))
+
+    @property
+    def variance(self) -> Float[Tensor, " seq"]:
+        """Each sequence's share of sum |y - mean y|^2, the mean taken over all sequences."""
+        mean = self.sums.sum(0) / self.n.sum()
+        return self.squares - 2 * self.sums @ mean + self.n * mean.square().sum()
+
+
+def site_means(errors: Mapping[Site, SiteErrors]) -> dict[tuple[str, str], Ratio]:
+    """(metric, site) -> its mean: mse per coordinate, fvu, cosine; of each site, and pooled as site "all"."""
+    means: dict[tuple[str, str], Ratio] = {}
+    for site, e in errors.items():
+        means["mse", str(site)] = Ratio(e.squared_error, e.n * len(e.centre))
+        means["fvu", str(site)] = Ratio(e.squared_error, e.variance)
+        means["cosine", str(site)] = Ratio(e.cosine, e.n)
+    pool = list(errors.values())
+    squared_error = torch.stack([e.squared_error for e in pool]).sum(0)
+    coordinates = torch.stack([e.n * len(e.centre) for e in pool]).sum(0)
+    means["mse", "all"] = Ratio(squared_error, coordinates)
+    means["fvu", "all"] = Ratio(squared_error, torch.stack([e.variance for e in pool]).sum(0))
+    means["cosine", "all"] = Ratio(
+        torch.stack([e.cosine for e in pool]).sum(0), torch.stack([e.n for e in pool]).sum(0)
+    )
+    return means
+
+
+class Activity:
+    """Which components were active: per sequence and group, and in all for each component."""
+
+    def __init__(self, n_seqs: int, costs: Sequence[GroupCost]) -> None:
+        self.costs = tuple(costs)
+        self.counts = torch.zeros(n_seqs, len(costs), dtype=torch.float64)
+        self.n = torch.zeros(n_seqs, dtype=torch.float64)
+        self.firings = [torch.zeros(cost.n_components, dtype=torch.int64) for cost in costs]
+
+    def add(self, batch: Batch, actives: Sequence[Active]) -> None:
+        """`actives` of the decompositions, whose groups side by side are the groups of `costs`."""
+        counts = torch.cat([active.counts().cpu().double() for active in actives], dim=1)
+        firings = [each.cpu() for active in actives for each in active.firings()]
+        assert counts.shape == (len(batch.kept), len(self.costs)), (
+            f"counts of shape {tuple(counts.shape)} for {len(batch.kept)} tokens and {len(self.costs)} groups"
+        )
+        self.counts[batch.seqs] += batch.per_seq(counts)
+        self.n[batch.seqs] += batch.per_seq(torch.ones(len(counts)))
+        for total, each in zip(self.firings, firings, strict=True):
+            total += each
+
+    def l0(self) -> dict[str, Ratio]:
+        """Mean active components per token of each group."""
+        return {cost.name: Ratio(self.counts[:, g], self.n) for g, cost in enumerate(self.costs)}
+
+    def densities(self) -> dict[str, Float[Tensor, " component"]]:
+        """Share of tokens on which each component was active, by group, and of all groups together as "all"."""
+        n = self.n.sum()
+        by_group = {cost.name: each.double() / n for cost, each in zip(self.costs, self.firings, strict=True)}
+        return {**by_group, "all": torch.cat(list(by_group.values()))}
+
+
+DECADES = (1, 2, 3, 4, 5)
+
+
+def density_summary(density: Float[Tensor, " component"]) -> dict[str, float]:
+    """Shares of components: dead (never active), active on fewer than 10^-e of the tokens; and the median density."""
+    return {
+        "dead_fraction": (density == 0).double().mean().item(),
+        **{f"density_below_1e-{e}": (density < 10.0**-e).double().mean().item() for e in DECADES},
+        "density_median": density.median().item(),
+    }

@@ -1,0 +1,101 @@
+"""Measurements as one tidy table: one number a row, everything needed to read it beside it."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nndecomp.errors import SettingError
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured number.
+
+    inputs   clean | live | none: what the replacements were computed from (none: there were no replacements)
+    patched  all | single | prefixes | none: which written sites were replaced in the run that was measured
+    site     the sites or the group the number is about: "L2.mlp_out", "L0.mlp_out-L2.mlp_out", "L3", or all
+    low high ends of the interval over sequences; nan where there is none
+    """
+
+    metric: str
+    value: float
+    unit: str
+    site: str
+    patched: str
+    inputs: str
+    n_tokens: int
+    low: float = math.nan
+    high: float = math.nan
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What was measured, the same for all measurements of one decomposition."""
+
+    experiment: str
+    run: str
+    name: str  # of the decomposition within the run
+    target: str
+    tokens: str
+    split: str
+    architecture: str
+    layers: str  # "0,1,2,3"
+    n_features: int  # per group
+    activation: str
+    k: float  # per token and group, mean over groups; nan where the activation function has none
+    seed: int
+
+
+_DTYPES = {str: "string", int: "int64", float: "float64"}
+COLUMNS = {field.name: _DTYPES[field.type] for kind in (Context, Measurement) for field in fields(kind)}  # type: ignore[index]
+
+
+def table(context: Context, measurements: Iterable[Measurement]) -> "pandas.DataFrame":
+    """The measurements with their context, columns and dtypes as `COLUMNS` says."""
+    import pandas
+
+    rows = [{**vars(context), **vars(measurement)} for measurement in measurements]
+    return pandas.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def join(tables: Sequence["pandas.DataFrame"]) -> "pandas.DataFrame":
+    """Several tables as one."""
+    import pandas
+
+    assert tables, "there are no tables to join"
+    for each in tables:
+        _check(each, "a table")
+    return pandas.concat(tables, ignore_index=True)
+
+
+def write_rows(frame: "pandas.DataFrame", path: Path) -> None:
+    """Parquet, whole or not at all."""
+    _check(frame, str(path))
+    beside = path.with_name(path.name + ".partial")
+    frame.to_parquet(beside, index=False)
+    with beside.open("rb+") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read_rows(path: Path) -> "pandas.DataFrame":
+    """What `write_rows` wrote, checked."""
+    import pandas
+
+    frame = pandas.read_parquet(path)
+    missing = [column for column in COLUMNS if column not in frame.columns]
+    if missing:
+        raise SettingError(f"runs: {path} is not a table of measurements, it has no column {', '.join(missing)}")
+    return frame[list(COLUMNS)].astype(COLUMNS)
+
+
+def _check(frame: "pandas.DataFrame", where: str) -> None:
+    found = {column: str(dtype) for column, dtype in frame.dtypes.items()}
+    assert found == COLUMNS, f"{where} has columns {found}, but measurements have {COLUMNS}"

@@ -1,0 +1,245 @@
+"""Everything that is measured for a set of decompositions, in as few forward passes as that takes.
+
+One clean pass a batch serves all; zero- and mean-ablation are shared by all that write the same sites.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nndecomp.config.schema import EvaluationConfig, Inputs, Patched
+from nndecomp.decompositions.base import Decomposition
+from nndecomp.evaluation.bootstrap import Ratio, estimate, resamples
+from nndecomp.evaluation.costs import axes
+from nndecomp.evaluation.patching import (
+    Batch,
+    CleanRun,
+    PatchSet,
+    Predictions,
+    ablation,
+    clean_run,
+    live,
+    pasted,
+    patch_sets,
+    predictions,
+)
+from nndecomp.evaluation.reconstruction import Activity, SiteErrors, density_summary, site_means
+from nndecomp.evaluation.rows import Measurement
+from nndecomp.targets.base import Target
+from nndecomp.tokens.batch import TokenBatch
+from nndecomp.types import Site
+
+
+class _Replacement:
+    """One set of decompositions under measurement: its running sums."""
+
+    def __init__(
+        self,
+        decompositions: Sequence[Decomposition],
+        n_seqs: int,
+        means: Mapping[Site, Float[Tensor, " width"]],
+        cfg: EvaluationConfig,
+    ) -> None:
+        self.decompositions = tuple(decompositions)
+        self.writes = tuple(sorted(site for each in decompositions for site in each.writes))
+        self.reads = tuple(sorted({site for each in decompositions for site in each.reads}))
+        self.costs = tuple(cost for each in decompositions for cost in each.costs)
+        _check(self.decompositions, self.writes, means)
+        self.sets = patch_sets(self.writes, cfg.patched)
+        obstacles = [reason for each in decompositions if (reason := each.live_obstacle()) is not None]
+        self.obstacle = obstacles[0] if obstacles and Inputs.live in cfg.inputs else None
+        self.inputs = [i for i in cfg.inputs if i is not Inputs.live or not obstacles]
+        # Live reconstruction is measured with everything replaced, where errors compound most.
+        self.site_sets = list(dict.fromkeys([*(each.sites for each in self.sets), self.writes]))
+        self.predicted = {(i, sites): Predictions(n_seqs) for i in self.inputs for sites in self.site_sets}
+        self.errors = {i: {s: SiteErrors(n_seqs, means[s]) for s in self.writes} for i in self.inputs}
+        self.activity = {i: Activity(n_seqs, self.costs) for i in self.inputs}
+
+    def add(self, target: Target, batch: Batch, clean: CleanRun) -> None:
+        if Inputs.clean in self.inputs:
+            self._add_clean(target, batch, clean)
+        if Inputs.live in self.inputs:
+            self._add_live(target, batch, clean)
+
+    def _add_clean(self, target: Target, batch: Batch, clean: CleanRun) -> None:
+        rows, actives = {}, []
+        for each in self.decompositions:
+            y_hat, active = each(torch.cat([clean.rows[site] for site in each.read_layout.sites], dim=1))
+            rows |= {site: y_hat[:, span] for site, span in each.write_layout.spans.items()}
+            actives.append(active)
+        for site in self.writes:
+            self.errors[Inputs.clean][site].add(batch, clean.rows[site], rows[site])
+        self.activity[Inputs.clean].add(batch, actives)
+        for sites in self.site_sets:
+            replacements = pasted(batch, {site: rows[site] for site in sites})
+            predictions(target, batch, clean, replacements, self.predicted[Inputs.clean, sites])
+
+    def _add_live(self, target: Target, batch: Batch, clean: CleanRun) -> None:
+        def witness(site: Site, arrived: Tensor, rows: Tensor) -> None:
+            self.errors[Inputs.live][site].add(batch, arrived, rows)
+
+        for sites in self.site_sets:
+            whole = sites == self.writes
+            replacements, runs = live(batch, self.decompositions, sites, witness if whole else None)
+            predictions(target, batch, clean, replacements, self.predicted[Inputs.live, sites])
+            if whole:
+                self.activity[Inputs.live].add(batch, [run.active() for run in runs])
+
+
+def _check(
+    decompositions: Sequence[Decomposition], writes: Sequence[Site], means: Mapping[Site, Float[Tensor, " width"]]
+) -> None:
+    assert decompositions, "nothing to evaluate: there are no decompositions"
+    for a, b in combinations(writes, 2):
+        same = (a.layer, a.point) == (b.layer, b.point)
+        assert not (same and (a.head == b.head or None in (a.head, b.head))), (
+            f"{a} and {b} are both written: a site can be replaced only once"
+        )
+    for each in decompositions:
+        assert not each.training, f"{type(each).__name__} is in training mode; evaluate it after .eval()"
+    missing = [str(site) for site in writes if site not in means]
+    assert not missing, f"no means for {', '.join(missing)}: mean-ablation needs them for all written sites"
+
+
+def _batches(
+    heldout: TokenBatch, keep: Bool[Tensor, "batch pos"], batch_seqs: int, device: torch.device
+) -> Iterator[Batch]:
+    assert keep.shape == heldout.tokens.shape, f"keep is {tuple(keep.shape)}, tokens {tuple(heldout.tokens.shape)}"
+    for start in range(0, len(keep), batch_seqs):
+        seqs = slice(start, min(start + batch_seqs, len(keep)))
+        mask = heldout.mask[seqs]
+        yield Batch(
+            seqs,
+            heldout.tokens[seqs].to(device),
+            keep[seqs].flatten().nonzero()[:, 0].to(device),
+            (mask[:, 1:] & mask[:, :-1]).to(device),
+        )
+
+
+@torch.no_grad()
+def evaluate_all(
+    target: Target,
+    replacements: Mapping[str, Sequence[Decomposition]],
+    heldout: TokenBatch,
+    keep: Bool[Tensor, "batch pos"],
+    means: Mapping[Site, Float[Tensor, " width"]],
+    cfg: EvaluationConfig,
+    seed: int,
+) -> dict[str, list[Measurement]]:
+    """Measure each named set of decompositions, whose writes together form one replacement.
+
+    `keep` says which positions are replaced and reconstructed, `means` [width] of each written site what
+    mean-ablation puts there. `seed` draws the bootstrap.
+    """
+    n_seqs = len(heldout.tokens)
+    measured = {name: _Replacement(each, n_seqs, means, cfg) for name, each in replacements.items()}
+    needed = sorted({site for m in measured.values() for site in (*m.reads, *m.writes)})
+    site_sets = dict.fromkeys(sites for m in measured.values() for sites in m.site_sets)
+    unpatched = Predictions(n_seqs)
+    ablated = {(kind, sites): Predictions(n_seqs) for kind in ("zero", "mean") for sites in site_sets}
+    for batch in _batches(heldout, keep, cfg.batch_seqs, target.device):
+        clean = clean_run(target, batch, needed)
+        unpatched.add(batch, clean, clean.log_p)
+        for (kind, sites), into in ablated.items():
+            values = {site: means[site] if kind == "mean" else None for site in sites}
+            predictions(target, batch, clean, ablation(batch, values), into)
+        for m in measured.values():
+            m.add(target, batch, clean)
+    drawn = resamples(n_seqs, cfg.bootstrap, seed)
+    n_kept = int(keep.sum())
+    return {
+        name: [
+            *_prediction_rows(m, unpatched, ablated, drawn, cfg.confidence),
+            *_reconstruction_rows(m, n_kept, drawn, cfg.confidence),
+        ]
+        for name, m in measured.items()
+    }
+
+
+def evaluate(
+    target: Target,
+    decompositions: Sequence[Decomposition],
+    heldout: TokenBatch,
+    keep: Bool[Tensor, "batch pos"],
+    means: Mapping[Site, Float[Tensor, " width"]],
+    cfg: EvaluationConfig,
+    seed: int,
+) -> list[Measurement]:
+    """`evaluate_all` for one set of decompositions."""
+    return evaluate_all(target, {"": decompositions}, heldout, keep, means, cfg, seed)[""]
+
+
+def _prediction_rows(
+    m: _Replacement,
+    unpatched: Predictions,
+    ablated: Mapping[tuple[str, tuple[Site, ...]], Predictions],
+    drawn: Float[Tensor, "resample seq"],
+    confidence: float,
+) -> Iterator[Measurement]:
+    units = {"ce": "nats", "ce_increase": "nats", "kl": "nats", "top1_agreement": "share"}
+    ce_clean = unpatched.means()["ce"]
+    n = int(unpatched.n.sum())
+
+    def row(metric: str, condition: str, mean: Ratio, each: PatchSet, inputs: str) -> Measurement:
+        e = estimate(mean, drawn, confidence)
+        suffix = f"_{condition}" if condition else ""
+        return Measurement(
+            metric + suffix, e.value, units[metric], each.site, each.patched.value, inputs, n, e.low, e.high
+        )
+
+    def rows(condition: str, predicted: Predictions, each: PatchSet, inputs: str) -> Iterator[Measurement]:
+        means = predicted.means()
+        # A row of its own name for each condition; of the replacements, only ce is ambiguous without one.
+        yield row("ce", condition or "replaced", means["ce"], each, inputs)
+        yield row("ce_increase", condition, means["ce"] - ce_clean, each, inputs)
+        yield row("kl", condition, means["kl"], each, inputs)
+        yield row("top1_agreement", condition, means["top1_agreement"], each, inputs)
+
+    for each in m.sets:
+        yield row("ce", "clean", ce_clean, each, "none")
+        for kind in ("zero", "mean"):
+            yield from rows(kind, ablated[kind, each.sites], each, "none")
+        for inputs in m.inputs:
+            yield from rows("", m.predicted[inputs, each.sites], each, inputs.value)
+    if m.obstacle is not None:
+        yield Measurement(
+            "live_obstacle", 1.0, "none", "all", "all", "live", n, note=f"not evaluated live: {m.obstacle}"
+        )
+
+
+def _reconstruction_rows(
+    m: _Replacement, n_tokens: int, drawn: Float[Tensor, "resample seq"], confidence: float
+) -> Iterator[Measurement]:
+    units = {"mse": "squared activation", "fvu": "share", "cosine": "cosine", "fvu_mean_over_sites": "share"}
+    for inputs in m.inputs:
+        # Live sums come from the run with everything replaced, clean sums from the undisturbed run.
+        patched = Patched.all.value if inputs is Inputs.live else "none"
+
+        def row(
+            metric: str, site: str, mean: Ratio, unit: str, constant: float = 0.0, patched=patched, inputs=inputs.value
+        ) -> Measurement:
+            e = estimate(mean, drawn, confidence)
+            return Measurement(
+                metric, e.value + constant, unit, site, patched, inputs, n_tokens, e.low + constant, e.high + constant
+            )
+
+        means = site_means(m.errors[inputs])
+        for (metric, site), mean in means.items():
+            yield row(metric, site, mean, units[metric])
+        fvus = [estimate(means["fvu", str(site)], drawn[:0], confidence).value for site in m.writes]
+        activity = m.activity[inputs]
+        exact = {"fvu_mean_over_sites": (sum(fvus) / len(fvus), "share", "all")}
+        for group, density in activity.densities().items():
+            summary = density_summary(density)
+            exact |= {f"{metric}/{group}": (value, "share", group) for metric, value in summary.items()}
+        for key, (value, unit, site) in exact.items():
+            metric = key.split("/")[0]
+            yield Measurement(metric, value, unit, site, patched, inputs.value, n_tokens)
+        for group, mean in activity.l0().items():
+            yield row("l0", group, mean, "components/token")
+        for axis in axes(m.costs, len(m.writes)):
+            mean = Ratio(activity.counts @ axis.weights, activity.n)
+            yield row(axis.name, "all", mean, axis.unit, axis.constant)
