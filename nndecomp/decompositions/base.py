@@ -1,7 +1,7 @@
 """The face that every decomposition shows to training, evaluation and reports.
 
-    x      [token, d_reads]    activations at `reads`, side by side
-    y_hat  [token, d_writes]   its account of the activations at `writes`, side by side
+x      [token, d_reads]    activations at `reads`, side by side
+y_hat  [token, d_writes]   its account of the activations at `writes`, side by side
 """
 
 from abc import ABC, abstractmethod
@@ -67,9 +67,7 @@ class Decomposition(nn.Module, ABC):
     costs: tuple[GroupCost, ...]  # one a group
 
     @abstractmethod
-    def forward(
-        self, x: Float[Tensor, "token d_reads"]
-    ) -> tuple[Float[Tensor, "token d_writes"], Active]:
+    def forward(self, x: Float[Tensor, "token d_reads"]) -> tuple[Float[Tensor, "token d_writes"], Active]:
         """Reconstruction and what was active. In eval mode each token is treated on its own."""
 
     @abstractmethod

@@ -1,0 +1,137 @@
+"""What the features of each group said about each token.
+
+Two representations with one face. `SparseCodes` lists active (token, feature) pairs as compressed rows and is what
+selection produces; `DenseCodes` is the full matrix, for activation functions whose gradient needs it. A slot or entry
+whose value is 0 is not active. Gradients flow into the values.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nndecomp.decompositions import kernels
+from nndecomp.decompositions.kernels import Support
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """values[s] is the activation of feature support.indices[s] on the token that owns slot s."""
+
+    values: Float[Tensor, "slot"]
+    support: Support
+
+    @property
+    def indices(self) -> Int[Tensor, "slot"]:
+        return self.support.indices
+
+    @property
+    def offsets(self) -> Int[Tensor, "token_and_one"]:
+        return self.support.offsets
+
+    @property
+    def tokens(self) -> Int[Tensor, "slot"]:
+        return self.support.tokens
+
+    @property
+    def n_tokens(self) -> int:
+        return self.support.n_tokens
+
+    @property
+    def n_features(self) -> int:
+        return self.support.n_features
+
+    def decode(self, W_dec: Float[Tensor, "feature d_write"]) -> Float[Tensor, "token d_write"]:
+        return kernels.decode(self.values, self.support, W_dec)
+
+    def dense(self) -> Float[Tensor, "token feature"]:
+        blank = self.values.new_zeros(self.n_tokens, self.n_features)
+        return blank.index_put((self.tokens, self.indices), self.values)
+
+    def counts(self) -> Int[Tensor, "token"]:
+        """Active features of each token."""
+        blank = torch.zeros(self.n_tokens, dtype=torch.int64, device=self.values.device)
+        return blank.index_add_(0, self.tokens, (self.values != 0).long())
+
+    def fired(self) -> Bool[Tensor, "feature"]:
+        """Features active on at least one token."""
+        blank = torch.zeros(self.n_features, dtype=torch.int64, device=self.values.device)
+        return blank.index_add_(0, self.indices, (self.values != 0).long()) > 0
+
+    def weighted(self, weights: Float[Tensor, "feature"]) -> Float[Tensor, "slot"]:
+        """Values times a weight a feature, in any order and with zeros left out."""
+        return self.values * weights.index_select(0, self.indices)
+
+    def entries(self) -> tuple[Int[Tensor, "slot"], Int[Tensor, "slot"], Float[Tensor, "slot"]]:
+        """Tokens, features and values of the active entries, token by token."""
+        active = self.values != 0
+        return self.tokens[active], self.indices[active], self.values[active]
+
+
+@dataclass(frozen=True)
+class DenseCodes:
+    values: Float[Tensor, "token feature"]
+
+    @property
+    def n_tokens(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        return self.values.shape[1]
+
+    def decode(self, W_dec: Float[Tensor, "feature d_write"]) -> Float[Tensor, "token d_write"]:
+        return self.values.to(W_dec.dtype) @ W_dec
+
+    def dense(self) -> Float[Tensor, "token feature"]:
+        return self.values
+
+    def counts(self) -> Int[Tensor, "token"]:
+        """Active features of each token."""
+        return (self.values != 0).sum(-1)
+
+    def fired(self) -> Bool[Tensor, "feature"]:
+        """Features active on at least one token."""
+        return (self.values != 0).any(0)
+
+    def weighted(self, weights: Float[Tensor, "feature"]) -> Float[Tensor, "token feature"]:
+        """Values times a weight a feature."""
+        return self.values * weights
+
+    def entries(self) -> tuple[Int[Tensor, "slot"], Int[Tensor, "slot"], Float[Tensor, "slot"]]:
+        """Tokens, features and values of the active entries, token by token."""
+        tokens, indices = (self.values != 0).nonzero(as_tuple=True)
+        return tokens, indices, self.values[tokens, indices]
+
+
+GroupCodes = SparseCodes | DenseCodes
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The codes of every group, in the order of the groups."""
+
+    groups: tuple[GroupCodes, ...]
+
+    def __iter__(self) -> Iterator[GroupCodes]:
+        return iter(self.groups)
+
+    def __getitem__(self, group: int) -> GroupCodes:
+        return self.groups[group]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.groups[0].n_tokens
+
+    def counts(self) -> Int[Tensor, "token group"]:
+        """Active features of each token and group."""
+        return torch.stack([codes.counts() for codes in self.groups], 1)
+
+    def fired(self) -> Bool[Tensor, "all_features"]:
+        """Features active on at least one token, groups side by side."""
+        return torch.cat([codes.fired() for codes in self.groups])

@@ -1,0 +1,241 @@
+"""SparseDictionary: banks of features, each reading one span of x and writing one span of y.
+
+    pre_g = x[:, reads_g] @ W_enc_g.T + b_enc_g
+    f     = activation(pre)
+    y_hat = b_dec + sum over g of (f_g @ W_dec_g, and x[:, reads_g] @ W_skip_g if asked for) placed at writes_g
+
+Every architecture of `nndecomp.decompositions.architectures` is this module with other spans. Weights that an
+architecture forbids do not exist.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nndecomp.decompositions import kernels
+from nndecomp.decompositions.activation import Pointwise, Selecting, make_activation
+from nndecomp.decompositions.base import Decomposition, GroupCost
+from nndecomp.decompositions.codes import Codes, DenseCodes, GroupCodes, SparseCodes
+from nndecomp.decompositions.spec import DictionarySpec, GroupSpec
+from nndecomp.types import Layout, Site
+
+
+def _span(layout: Layout, sites: Sequence[Site], group: str) -> slice:
+    span = layout.span(sites)
+    assert span is not None, f"the sites of group {group} are not adjacent: {', '.join(map(str, sites))}"
+    return span
+
+
+class Group(nn.Module):
+    """One bank of features. Both weight matrices are feature-major: one row a feature."""
+
+    def __init__(self, spec: GroupSpec, read_layout: Layout, write_layout: Layout, skip: bool) -> None:
+        super().__init__()
+        self.name = spec.name
+        self.reads = _span(read_layout, spec.reads, spec.name)
+        self.writes = _span(write_layout, spec.writes, spec.name)
+        d_read = self.reads.stop - self.reads.start
+        d_write = self.writes.stop - self.writes.start
+        self.W_enc = nn.Parameter(torch.zeros(spec.n_features, d_read))
+        self.b_enc = nn.Parameter(torch.zeros(spec.n_features))
+        self.W_dec = nn.Parameter(torch.zeros(spec.n_features, d_write))
+        self.W_skip = nn.Parameter(torch.zeros(d_read, d_write)) if skip else None
+
+    @property
+    def n_features(self) -> int:
+        return self.W_enc.shape[0]
+
+    def pre_activations(self, x: Float[Tensor, "token d_read"]) -> Float[Tensor, "token feature"]:
+        return nn.functional.linear(x, self.W_enc, self.b_enc)
+
+    def contribution(self, x: Float[Tensor, "token d_read"], codes: GroupCodes) -> Float[Tensor, "token d_write"]:
+        """What the group adds to its write span; x is what it reads, not centred."""
+        features = codes.decode(self.W_dec)
+        return features if self.W_skip is None else features + x @ self.W_skip
+
+
+class SparseDictionary(Decomposition):
+    """A list of groups. Weights are zero until `initialise` or loading fills them."""
+
+    def __init__(self, spec: DictionarySpec) -> None:
+        super().__init__()
+        self._spec = spec
+        self.read_layout, self.write_layout = spec.read_layout, spec.write_layout
+        self.reads = tuple(sorted(self.read_layout.sites))
+        self.writes = tuple(sorted(self.write_layout.sites))
+        self.groups = nn.ModuleList(
+            Group(group, self.read_layout, self.write_layout, spec.skip) for group in spec.groups
+        )
+        self.b_dec = nn.Parameter(torch.zeros(self.write_layout.width))
+        self.activation = make_activation(spec.activation, [group.n_features for group in spec.groups])
+        assert not spec.centre_input or self.read_layout == self.write_layout, "only an SAE can centre its input"
+        self.costs = tuple(
+            GroupCost(
+                name=group.name,
+                n_components=group.n_features,
+                parameters=group.W_enc.shape[1] + group.W_dec.shape[1],
+                n_writes=len(group_spec.writes),
+                gate_parameters=group.W_enc.numel(),
+            )
+            for group, group_spec in zip(self.banks, spec.groups, strict=True)
+        )
+
+    @property
+    def banks(self) -> list[Group]:
+        """The groups, typed."""
+        return [group for group in self.groups if isinstance(group, Group)]
+
+    @property
+    def spec(self) -> DictionarySpec:
+        """What this dictionary is now: annealing may have moved k."""
+        k = tuple(self.activation.k) if isinstance(self.activation, Selecting) else ()
+        return replace(self._spec, activation=replace(self._spec.activation, k=k))
+
+    def read(self, x: Float[Tensor, "token d_reads"], group: int) -> Float[Tensor, "token d_read"]:
+        """What one group's encoder sees of x."""
+        return self._centred(x[:, self.banks[group].reads], group)
+
+    def _centred(self, x: Float[Tensor, "token d_read"], group: int) -> Float[Tensor, "token d_read"]:
+        return x - self.b_dec[self.banks[group].reads] if self._spec.centre_input else x
+
+    def pre_activations(self, x: Float[Tensor, "token d_reads"]) -> list[Float[Tensor, "token _"]]:
+        """Of every group, dense and differentiable."""
+        return [bank.pre_activations(self.read(x, g)) for g, bank in enumerate(self.banks)]
+
+    def encode(self, x: Float[Tensor, "token d_reads"]) -> Codes:
+        groups = range(len(self.groups))
+        return Codes(tuple(self.encode_groups([self.read(x, g) for g in groups], groups)))
+
+    def encode_groups(self, inputs: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[GroupCodes]:
+        """Codes of some groups from what each of them reads, centred where that is asked for."""
+        banks = [self.banks[g] for g in groups]
+        if isinstance(self.activation, Pointwise):
+            pointwise = self.activation
+            return [
+                DenseCodes(pointwise(bank.pre_activations(x), g))
+                for bank, x, g in zip(banks, inputs, groups, strict=True)
+            ]
+        with torch.no_grad():
+            pres = [bank.pre_activations(x) for bank, x in zip(banks, inputs, strict=True)]
+            supports = self.activation.supports(pres, groups)
+        # A negative pre-activation among the k largest becomes 0, which is not active.
+        return [
+            SparseCodes(kernels.active_pre(x, bank.W_enc, bank.b_enc, pre, support).relu(), support)
+            for x, bank, pre, support in zip(inputs, banks, pres, supports, strict=True)
+        ]
+
+    def decode(self, codes: Codes, x: Float[Tensor, "token d_reads"]) -> Float[Tensor, "token d_writes"]:
+        """x is read only by the linear skip."""
+        y_hat = self.b_dec.repeat(codes.n_tokens, 1)
+        for bank, group_codes in zip(self.banks, codes, strict=True):
+            y_hat[:, bank.writes] += bank.contribution(x[:, bank.reads], group_codes)
+        return y_hat
+
+    def forward(self, x: Float[Tensor, "token d_reads"]) -> tuple[Float[Tensor, "token d_writes"], Codes]:
+        codes = self.encode(x)
+        return self.decode(codes, x), codes
+
+    def live_obstacle(self) -> str | None:
+        for group in self._spec.groups:
+            if max(group.reads) > min(group.writes):
+                return f"group {group.name} reads {max(group.reads)}, which runs after {min(group.writes)}, which it writes"
+        return self.activation.live_obstacle()
+
+    def live_run(self) -> "DictionaryRun":
+        obstacle = self.live_obstacle()
+        assert obstacle is None, f"this dictionary cannot answer site by site: {obstacle}"
+        assert not self.training, "a live run treats each token on its own: call eval() first"
+        return DictionaryRun(self)
+
+    @torch.no_grad()
+    def initialise(self, seed: int, decoder_norm: float) -> None:
+        """Random directions: unit encoder rows, decoder rows of `decoder_norm` at every site they write.
+
+        With inputs scaled to E|x|^2 = width, unit encoder rows give pre-activations of unit variance. A group that
+        writes what it reads starts tied. Directions depend on the seed and the sites alone, not on the other groups:
+        a layer starts the same in a stack as by itself, and the same in a transcoder as in a cross-layer one.
+        """
+        for spec, bank in zip(self._spec.groups, self.banks, strict=True):
+            reads = " ".join(map(str, spec.reads))
+            bank.W_enc.copy_(_directions(f"{seed} W_enc {reads}", *bank.W_enc.shape))
+            if spec.reads == spec.writes:
+                bank.W_dec.copy_(decoder_norm * bank.W_enc)
+                continue
+            columns = [
+                _directions(f"{seed} W_dec {reads} {site}", spec.n_features, self.write_layout.widths[i])
+                for i, site in enumerate(self.write_layout.sites)
+                if site in spec.writes
+            ]
+            bank.W_dec.copy_(decoder_norm * torch.cat(columns, 1))
+
+    @torch.no_grad()
+    def fold(self, scales: dict[Site, float]) -> None:
+        """From activations divided by their site's scale to raw ones. Codes stay what they were.
+
+            W_enc / s_read    W_dec * s_write    b_dec * s_write    W_skip * s_write / s_read    b_enc unchanged
+
+        Exact for every activation function, since pre-activations do not change.
+        """
+        s_read = columns_of(scales, self.read_layout).to(self.b_dec)
+        s_write = columns_of(scales, self.write_layout).to(self.b_dec)
+        self.b_dec *= s_write
+        for bank in self.banks:
+            bank.W_enc /= s_read[bank.reads]
+            bank.W_dec *= s_write[bank.writes]
+            if bank.W_skip is not None:
+                bank.W_skip *= s_write[bank.writes] / s_read[bank.reads, None]
+
+
+class DictionaryRun:
+    """A pass in which groups are encoded as soon as the last site they read has arrived, and add to what they write."""
+
+    def __init__(self, dictionary: SparseDictionary) -> None:
+        self._dictionary = dictionary
+        self._values: dict[Site, Tensor] = {}
+        self._codes: dict[int, GroupCodes] = {}
+        self._y_hat: Tensor | None = None
+
+    def read(self, site: Site, value: Float[Tensor, "token width"]) -> None:
+        dictionary = self._dictionary
+        assert site in dictionary.read_layout.spans, f"{site} is not read"
+        assert site not in self._values, f"{site} was read before in this pass"
+        self._values[site] = value
+        if self._y_hat is None:
+            self._y_hat = dictionary.b_dec.repeat(value.shape[0], 1)
+        for g, spec in enumerate(dictionary.spec.groups):
+            if site in spec.reads and all(read in self._values for read in spec.reads):
+                bank = dictionary.banks[g]
+                x = torch.cat([self._values[read] for read in spec.reads], 1) if len(spec.reads) > 1 else value
+                self._codes[g] = dictionary.encode_groups([dictionary._centred(x, g)], [g])[0]
+                self._y_hat[:, bank.writes] += bank.contribution(x, self._codes[g])
+
+    def write(self, site: Site) -> Float[Tensor, "token width"]:
+        missing = [
+            spec.name
+            for g, spec in enumerate(self._dictionary.spec.groups)
+            if site in spec.writes and g not in self._codes
+        ]
+        assert not missing, f"{site} is written before groups {missing} have read all their sites"
+        assert self._y_hat is not None, f"{site} is written, but nothing was read"
+        return self._y_hat[:, self._dictionary.write_layout.spans[site]]
+
+    def active(self) -> Codes:
+        n_groups = len(self._dictionary.groups)
+        assert len(self._codes) == n_groups, f"{len(self._codes)} of {n_groups} groups have been encoded"
+        return Codes(tuple(self._codes[g] for g in range(n_groups)))
+
+
+def columns_of(scales: dict[Site, float], layout: Layout) -> Float[Tensor, "width"]:
+    """Each site's scale at each of its columns."""
+    return torch.cat([torch.full((w,), scales[s]) for s, w in zip(layout.sites, layout.widths, strict=True)])
+
+
+def _directions(label: str, n: int, d: int) -> Float[Tensor, "n d"]:
+    """n random unit vectors, the same for the same label."""
+    seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") >> 1
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    return rows / rows.norm(dim=1, keepdim=True)

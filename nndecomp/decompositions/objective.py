@@ -1,0 +1,171 @@
+"""What the training loop sees of a dictionary: a loss of raw rows, and what happens after each step.
+
+Rows are divided by each site's scale s (E|x|^2 = s^2 * width) before the dictionary sees them; `finished` folds the
+scales into the weights. All state is in buffers, so a checkpoint of the module's state_dict is complete.
+"""
+
+import copy
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nndecomp.config.schema import DecompositionConfig, Penalty
+from nndecomp.decompositions import losses
+from nndecomp.decompositions.activation import JumpRelu, Selecting
+from nndecomp.decompositions.codes import Codes, DenseCodes
+from nndecomp.decompositions.groups import SparseDictionary, columns_of
+from nndecomp.types import Layout, Site
+
+
+class DictionaryObjective(nn.Module):
+    """Trains one dictionary on rows of `layout`, which may hold other sites as well."""
+
+    def __init__(
+        self,
+        dictionary: SparseDictionary,
+        cfg: DecompositionConfig,
+        layout: Layout,
+        scales: dict[Site, float],
+    ) -> None:
+        super().__init__()
+        missing = [str(s) for s in (*dictionary.reads, *dictionary.writes) if s not in layout.spans]
+        assert not missing, f"rows hold {', '.join(map(str, layout.sites))}, but not {', '.join(missing)}"
+        self.dictionary, self.cfg, self.layout = dictionary, cfg, layout
+        self.scales = {site: scales[site] for site in (*dictionary.reads, *dictionary.writes)}
+        self._k = list(dictionary.activation.k) if isinstance(dictionary.activation, Selecting) else []
+        device = dictionary.b_dec.device
+        self.s_read: Tensor
+        self.s_write: Tensor
+        self.tokens_since_fired: Tensor
+        self.register_buffer("s_read", columns_of(self.scales, dictionary.read_layout).to(device))
+        self.register_buffer("s_write", columns_of(self.scales, dictionary.write_layout).to(device))
+        n_features = sum(bank.n_features for bank in dictionary.banks)
+        self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64, device=device))
+        self._tokens_seen = 0  # on the host, so that steps need not wait for the device
+        self._step: tuple[Codes, Bool[Tensor, "feature"], int] | None = None  # between loss and after_step
+        if cfg.unit_norm_decoder:
+            self._normalise_decoder()
+            for bank in dictionary.banks:
+                bank.W_dec.register_hook(lambda grad, bank=bank: _tangential(grad, bank.W_dec))
+
+    def get_extra_state(self) -> Int[Tensor, ""]:
+        return torch.tensor(self._tokens_seen)
+
+    def set_extra_state(self, state: Int[Tensor, ""]) -> None:
+        self._tokens_seen = int(state)
+
+    def loss(self, rows: Float[Tensor, "token width"], progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Loss of a batch and detached metrics. `progress`, from 0 to 1, drives the schedules of k and penalty."""
+        x = self._columns(rows, self.dictionary.read_layout) / self.s_read
+        y = self._columns(rows, self.dictionary.write_layout) / self.s_write
+        if self._tokens_seen == 0 and self.training:
+            with torch.no_grad():
+                self.dictionary.b_dec.copy_(y.mean(0))
+        self._anneal_k(progress)
+        codes, penalty = self._encode(x)
+        residual = y - self.dictionary.decode(codes, x)
+        fit = losses.reconstruction(residual, y, self.cfg.reconstruction, self.dictionary.write_layout)
+        fvu = losses.fvu(residual.detach(), y, self.dictionary.write_layout)
+        terms = {"reconstruction": fit}
+        if penalty is not None:
+            warm = min(1.0, progress / self.cfg.penalty_warmup) if self.cfg.penalty_warmup > 0 else 1.0
+            terms["penalty"] = self.cfg.penalty_coefficient * warm * penalty
+        if (aux := self._aux_k(x, residual)) is not None:
+            terms["aux"] = self.cfg.aux_coefficient * aux
+        loss = torch.stack(list(terms.values())).sum()
+        if self.training:
+            self._step = (codes, codes.fired(), len(rows))
+        return loss, {"loss": loss.detach(), "fvu": fvu, **self._metrics(codes), **_detached(terms)}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Decoder norms, the inference threshold, and liveness, from the batch of the last `loss`."""
+        assert self._step is not None, "after_step follows a loss in training mode"
+        codes, fired, n_tokens = self._step
+        self._step = None
+        if self.cfg.unit_norm_decoder:
+            self._normalise_decoder()
+        self.dictionary.activation.after_step(codes)
+        self.tokens_since_fired += n_tokens
+        self.tokens_since_fired.masked_fill_(fired, 0)
+        self._tokens_seen += n_tokens
+
+    def finished(self) -> SparseDictionary:
+        """A copy in eval mode that works on raw activations."""
+        dictionary = copy.deepcopy(self.dictionary).eval()
+        dictionary.fold(self.scales)
+        return dictionary
+
+    def _columns(self, rows: Float[Tensor, "token width"], layout: Layout) -> Float[Tensor, "token columns"]:
+        span = self.layout.span(layout.sites)
+        if span is not None:
+            return rows[:, span]
+        return torch.cat([rows[:, self.layout.spans[site]] for site in layout.sites], 1)
+
+    def _anneal_k(self, progress: float) -> None:
+        """From k_start to k in a straight line over the first k_anneal share of training."""
+        activation, start = self.dictionary.activation, self.cfg.k_start
+        if isinstance(activation, Selecting) and start is not None and self.cfg.k_anneal > 0:
+            share = min(1.0, progress / self.cfg.k_anneal)
+            activation.k = [round(start + share * (k - start)) for k in self._k]
+
+    def _encode(self, x: Float[Tensor, "token d_reads"]) -> tuple[Codes, Tensor | None]:
+        """Codes, and the penalty without its coefficient."""
+        dictionary, cfg = self.dictionary, self.cfg
+        if cfg.penalty is Penalty.l0:
+            activation = dictionary.activation
+            assert isinstance(activation, JumpRelu), f"penalty l0 with {type(activation).__name__}"
+            pres = dictionary.pre_activations(x)
+            codes = Codes(tuple(DenseCodes(activation(pre, g)) for g, pre in enumerate(pres)))
+            return codes, losses.l0([activation.active(pre, g) for g, pre in enumerate(pres)])
+        codes = dictionary.encode(x)
+        if cfg.penalty is Penalty.none:
+            return codes, None
+        norms = [bank.W_dec.norm(dim=1) for bank in dictionary.banks]
+        return codes, losses.penalty(codes, norms, cfg.penalty, cfg.penalty_scale)
+
+    def _aux_k(self, x: Float[Tensor, "token d_reads"], residual: Float[Tensor, "token d_writes"]) -> Tensor | None:
+        """Mean over groups, 0 for those without dead features; None, at no cost, before anything can be dead."""
+        if self.cfg.aux_coefficient == 0 or self._tokens_seen < self.cfg.dead_after_tokens:
+            return None
+        dead = losses.dead_features(self.tokens_since_fired, self.cfg.dead_after_tokens)
+        banks = self.dictionary.banks
+        dead_of = [own.nonzero().squeeze(1) for own in dead.split([bank.n_features for bank in banks])]
+        terms = [
+            losses.aux_k(
+                residual[:, bank.writes],
+                self.dictionary.read(x, g),
+                bank.W_enc,
+                bank.b_enc,
+                bank.W_dec,
+                dead_of[g],
+                self.cfg.aux_k,
+            )
+            for g, bank in enumerate(banks)
+            if len(dead_of[g]) > 0
+        ]
+        return torch.stack(terms).sum() / len(banks) if terms else None
+
+    def _metrics(self, codes: Codes) -> dict[str, Tensor]:
+        """l0 of each group and their mean; share of features that are dead."""
+        l0 = codes.counts().float().mean(0)
+        names = [bank.name for bank in self.dictionary.banks]
+        dead = losses.dead_features(self.tokens_since_fired, self.cfg.dead_after_tokens)
+        each = {f"l0/{name}": l0[g] for g, name in enumerate(names)} if len(names) > 1 else {}
+        return {"l0": l0.mean(), "dead": dead.float().mean(), **each}
+
+    @torch.no_grad()
+    def _normalise_decoder(self) -> None:
+        for bank in self.dictionary.banks:
+            bank.W_dec /= bank.W_dec.norm(dim=1, keepdim=True)
+
+
+def _tangential(grad: Float[Tensor, "feature d"], W_dec: Float[Tensor, "feature d"]) -> Float[Tensor, "feature d"]:
+    """The gradient without its component along each unit decoder row, which normalising would undo."""
+    W_dec = W_dec.detach()
+    return grad - (grad * W_dec).sum(1, keepdim=True) * W_dec
+
+
+def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"loss/{name}": term.detach() for name, term in terms.items()}

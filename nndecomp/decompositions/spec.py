@@ -1,0 +1,104 @@
+"""What a dictionary is, without its weights: plain data, and what config.json holds.
+
+A dictionary is a list of groups. A group is a bank of features with one contiguous span of what is read and one of
+what is written; see `nndecomp.decompositions.groups`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nndecomp.config.schema import Activation, Scope
+from nndecomp.types import Layout, Site
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    name: str  # unique within the dictionary, e.g. "L3"
+    reads: tuple[Site, ...]
+    writes: tuple[Site, ...]
+    n_features: int
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    kind: Activation
+    scope: Scope = Scope.group
+    k: tuple[int, ...] = ()  # topk, batchtopk: one a group
+    threshold_rate: float = 0.01  # batchtopk: of the moving average
+    initial_threshold: float = 0.1  # jumprelu
+    bandwidth: float = 0.1  # jumprelu
+
+
+@dataclass(frozen=True)
+class DictionarySpec:
+    architecture: str
+    target: str  # name of the model the activations come from
+    widths: Mapping[Site, int]
+    groups: tuple[GroupSpec, ...]
+    activation: ActivationSpec
+    skip: bool = False
+    centre_input: bool = False
+
+    @property
+    def read_layout(self) -> Layout:
+        return self._layout([site for group in self.groups for site in group.reads])
+
+    @property
+    def write_layout(self) -> Layout:
+        return self._layout([site for group in self.groups for site in group.writes])
+
+    def _layout(self, sites: Sequence[Site]) -> Layout:
+        return Layout.of({site: self.widths[site] for site in sites})
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "architecture": self.architecture,
+            "target": self.target,
+            "widths": {str(site): width for site, width in self.widths.items()},
+            "groups": [
+                {
+                    "name": group.name,
+                    "reads": [str(site) for site in group.reads],
+                    "writes": [str(site) for site in group.writes],
+                    "n_features": group.n_features,
+                }
+                for group in self.groups
+            ],
+            "activation": {
+                **asdict(self.activation),
+                "kind": self.activation.kind.value,
+                "scope": self.activation.scope.value,
+                "k": list(self.activation.k),
+            },
+            "skip": self.skip,
+            "centre_input": self.centre_input,
+        }
+
+    @staticmethod
+    def from_json(config: Mapping[str, Any]) -> "DictionarySpec":
+        activation = config["activation"]
+        return DictionarySpec(
+            architecture=config["architecture"],
+            target=config["target"],
+            widths={Site.parse(name): width for name, width in config["widths"].items()},
+            groups=tuple(
+                GroupSpec(
+                    name=group["name"],
+                    reads=tuple(Site.parse(name) for name in group["reads"]),
+                    writes=tuple(Site.parse(name) for name in group["writes"]),
+                    n_features=group["n_features"],
+                )
+                for group in config["groups"]
+            ),
+            activation=ActivationSpec(
+                **{
+                    **activation,
+                    "kind": Activation(activation["kind"]),
+                    "scope": Scope(activation["scope"]),
+                    "k": tuple(activation["k"]),
+                }
+            ),
+            skip=config["skip"],
+            centre_input=config["centre_input"],
+        )
