@@ -1,0 +1,153 @@
+"""Causal language models of the transformers library, by Hub id or local directory.
+
+Where each point is (a module's input is written ->m, its output m->; paths are within a block):
+
+    point       GPT-2           GPT-NeoX (Pythia)            Llama, Mistral, Qwen2/3      Gemma-2, Gemma-3
+    embed       wte->           embed_in->                   embed_tokens->               embed_tokens->, sqrt(d) included
+    resid_pre   ->block         ->block                      ->block                      ->block
+    z           ->attn.c_proj   ->attention.dense            ->self_attn.o_proj           ->self_attn.o_proj
+    attn_out    attn.c_proj->   attention.dense->            self_attn.o_proj->           post_attention_layernorm->
+    resid_mid   ->ln_2          ->post_attention_layernorm   ->post_attention_layernorm   ->pre_feedforward_layernorm
+    mlp_in      ->mlp           ->mlp                        ->mlp                        ->mlp
+    mlp_hidden  ->mlp.c_proj    ->mlp.dense_4h_to_h          ->mlp.down_proj              ->mlp.down_proj
+    mlp_out     mlp.c_proj->    mlp.dense_4h_to_h->          mlp.down_proj->              post_feedforward_layernorm->
+    resid_post  block->         block->                      block->                      block->
+
+So attn_out and mlp_out are always what is added to the residual stream: in Gemma they come after the post-norms, and a
+dictionary trained on the bare output of Gemma's MLP is not one of mlp_out. mlp_in is always after the norm with its
+affine part. In gated MLPs mlp_hidden is the product of gate and up. GPT-NeoX with parallel blocks (all of Pythia) has
+no resid_mid. resid_mid is written into the tensor itself, so that norm and residual skip both see it (`hooks.Side`).
+"""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from nndecomp.config.target import TargetConfig
+from nndecomp.errors import SettingError
+from nndecomp.targets.base import TargetShape
+from nndecomp.targets.modules import ModuleTarget, Wiring
+from nndecomp.types import Point
+
+_LLAMA = Wiring.of_blocks(
+    embed="model.embed_tokens",
+    blocks="model.layers",
+    attn_tail=("self_attn.o_proj",),
+    second_norm="post_attention_layernorm",
+    mlp_tail=("mlp.down_proj",),
+)
+_GEMMA = Wiring.of_blocks(
+    embed="model.embed_tokens",
+    blocks="model.layers",
+    attn_tail=("self_attn.o_proj", "post_attention_layernorm"),
+    second_norm="pre_feedforward_layernorm",
+    mlp_tail=("mlp.down_proj", "post_feedforward_layernorm"),
+)
+_WIRINGS = {
+    "gpt2": Wiring.of_blocks(
+        embed="transformer.wte",
+        blocks="transformer.h",
+        attn_tail=("attn.c_proj",),
+        second_norm="ln_2",
+        mlp_tail=("mlp.c_proj",),
+    ),
+    "gpt_neox": Wiring.of_blocks(
+        embed="gpt_neox.embed_in",
+        blocks="gpt_neox.layers",
+        attn_tail=("attention.dense",),
+        second_norm="post_attention_layernorm",
+        mlp_tail=("mlp.dense_4h_to_h",),
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+}
+# Gemma-2 caps its attention scores, which the fused attention of torch cannot do.
+_ATTENTION = {"gemma2": "eager"}
+
+
+class HuggingFaceTarget(ModuleTarget):
+    def _residual(self, tokens: Int[Tensor, "batch pos"]) -> object:
+        return self.model.base_model(input_ids=tokens, use_cache=False)
+
+    def _logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        return self.model(input_ids=tokens, use_cache=False).logits
+
+
+def load(cfg: TargetConfig, device: torch.device) -> HuggingFaceTarget:
+    config = read_config(cfg)
+    model = AutoModelForCausalLM.from_pretrained(
+        local_or_hub(cfg.path),
+        config=config,
+        revision=cfg.revision or "main",
+        dtype=getattr(torch, cfg.dtype.value),
+        attn_implementation=_ATTENTION.get(config.model_type, "sdpa"),
+        trust_remote_code=False,
+    ).to(device)
+    return HuggingFaceTarget(target_name(cfg.path), model, shape_of(config), load_tokenizer(cfg), wiring_of(config))
+
+
+def load_tokenizer(cfg: TargetConfig):
+    return AutoTokenizer.from_pretrained(
+        local_or_hub(cfg.path), revision=cfg.revision or "main", trust_remote_code=False
+    )
+
+
+def target_name(path: str) -> str:
+    """A Hub id as it is, a directory by its last part."""
+    return Path(path).expanduser().resolve().name if Path(path).expanduser().is_dir() else path
+
+
+def local_or_hub(path: str) -> str:
+    """The directory, made absolute, or else the Hub id; a path that is neither is refused."""
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return str(directory.resolve())
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or ":" in path:
+        raise SettingError(
+            f"target.path={path} is neither an existing directory nor the Hub id of a model, such as openai-community/gpt2"
+        )
+    return path
+
+
+def read_config(cfg: TargetConfig) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(
+            local_or_hub(cfg.path), revision=cfg.revision or "main", trust_remote_code=False
+        )
+    except OSError as missing:
+        raise SettingError(
+            f"target.path={cfg.path} (target.revision={cfg.revision}) could not be read: no such directory or Hub model, "
+            "or no connection to the Hub"
+        ) from missing
+    if config.model_type not in _WIRINGS:
+        raise SettingError(
+            f"target.path={cfg.path} is a model of type {config.model_type}; supported are {', '.join(_WIRINGS)}"
+        )
+    return config
+
+
+def wiring_of(config: PretrainedConfig) -> Wiring:
+    wiring = _WIRINGS[config.model_type]
+    return wiring.without(Point.resid_mid) if getattr(config, "use_parallel_residual", False) else wiring
+
+
+def shape_of(config: PretrainedConfig) -> TargetShape:
+    d_model, n_heads = config.hidden_size, config.num_attention_heads
+    d_mlp = config.n_inner or 4 * d_model if config.model_type == "gpt2" else config.intermediate_size
+    return TargetShape(
+        n_layers=config.num_hidden_layers,
+        d_model=d_model,
+        d_mlp=d_mlp,
+        n_heads=n_heads,
+        d_head=getattr(config, "head_dim", None) or d_model // n_heads,
+        n_vocab=config.vocab_size,
+        n_ctx=config.max_position_embeddings,
+        points=wiring_of(config).available,
+    )

@@ -1,0 +1,40 @@
+"""LlamaSimpleMLP as a target: resid_mid enters rms_2, mlp_hidden enters down_proj, and what the MLP returns is mlp_out."""
+
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nndecomp.targets.base import TargetShape
+from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig
+from nndecomp.targets.modules import ModuleTarget, Wiring
+
+_WIRING = Wiring.of_blocks(
+    embed="wte", blocks="h", attn_tail=("attn.o_proj",), second_norm="rms_2", mlp_tail=("mlp.down_proj",)
+)
+
+
+class LlamaSimpleMLPTarget(ModuleTarget):
+    model: LlamaSimpleMLP
+
+    def __init__(self, name: str, model: LlamaSimpleMLP, tokenizer: Any) -> None:
+        super().__init__(name, model, shape_of(model.config), tokenizer, _WIRING)
+
+    def _residual(self, tokens: Int[Tensor, "batch pos"]) -> object:
+        return self.model.residual(tokens)
+
+    def _logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        return self.model(tokens)
+
+
+def shape_of(config: LlamaSimpleMLPConfig) -> TargetShape:
+    return TargetShape(
+        n_layers=config.n_layers,
+        d_model=config.d_model,
+        d_mlp=config.d_mlp,
+        n_heads=config.n_heads,
+        d_head=config.d_head,
+        n_vocab=config.n_vocab,
+        n_ctx=config.n_ctx,
+        points=_WIRING.available,
+    )

@@ -1,0 +1,53 @@
+"""Settings -> target."""
+
+from pathlib import Path
+
+import torch
+
+from nndecomp.config.target import TargetConfig, TargetKind
+from nndecomp.errors import SettingError
+from nndecomp.targets import llama_simple_mlp, wandb_runs
+from nndecomp.targets.base import Target, TargetShape
+from nndecomp.targets.llama_simple_mlp_target import LlamaSimpleMLPTarget, shape_of
+
+TINY = Path(__file__).parent / "tiny"
+
+
+def load_target(cfg: TargetConfig, device: torch.device) -> Target:
+    """The model in eval mode on `device`, in `cfg.dtype`, its parameters frozen."""
+    match cfg.kind:
+        case TargetKind.llama_simple_mlp:
+            directory = _directory(cfg, weights=True)
+            model = llama_simple_mlp.load(directory).to(device, getattr(torch, cfg.dtype.value))
+            return LlamaSimpleMLPTarget(directory.name, model, llama_simple_mlp.load_tokenizer(directory))
+        case TargetKind.huggingface:
+            from nndecomp.targets import huggingface
+
+            return huggingface.load(cfg, device)
+        case TargetKind.transformer_lens:
+            from nndecomp.targets import transformer_lens
+
+            return transformer_lens.load(cfg, device)
+
+
+def target_shape(cfg: TargetConfig) -> TargetShape:
+    """Sizes from the configuration file alone."""
+    match cfg.kind:
+        case TargetKind.llama_simple_mlp:
+            return shape_of(llama_simple_mlp.read_config(_directory(cfg, weights=False)))
+        case TargetKind.huggingface | TargetKind.transformer_lens:
+            from nndecomp.targets import huggingface
+
+            return huggingface.shape_of(huggingface.read_config(cfg))
+
+
+def _directory(cfg: TargetConfig, weights: bool) -> Path:
+    """Where a LlamaSimpleMLP lies; files of a wandb run are fetched first."""
+    if cfg.path.startswith(wandb_runs.PREFIX):
+        return wandb_runs.fetch(cfg.path, weights)
+    directory = TINY if cfg.path == "tiny" else Path(cfg.path).expanduser().resolve()
+    if not directory.is_dir():
+        raise SettingError(
+            f"target.path={cfg.path} is not there; write tiny, an existing directory, or wandb:<entity>/<project>/<run>"
+        )
+    return directory

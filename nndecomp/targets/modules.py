@@ -1,0 +1,110 @@
+"""A target made of torch modules whose family says which module is which site."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nndecomp.targets.base import Replace, Target, TargetShape
+from nndecomp.targets.hooks import Side, Tap, record, visiting
+from nndecomp.types import Point, Site
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Where a family of models has its sites, as paths of modules."""
+
+    embed: str  # the module that returns `embed`
+    blocks: str  # the list of blocks
+    points: Mapping[Point, tuple[str, Side]]  # path within a block, "" for the block itself
+    mlp_tail: tuple[str, ...]  # the modules, within a block, that make mlp_out from mlp_hidden
+
+    @staticmethod
+    def of_blocks(
+        *, embed: str, blocks: str, attn_tail: tuple[str, ...], second_norm: str, mlp_tail: tuple[str, ...]
+    ) -> "Wiring":
+        """Blocks of attention and then `mlp`; the tails are the modules from z to attn_out, from neurons to mlp_out."""
+        return Wiring(
+            embed,
+            blocks,
+            {
+                Point.resid_pre: ("", Side.input),
+                Point.z: (attn_tail[0], Side.input),
+                Point.attn_out: (attn_tail[-1], Side.output),
+                Point.resid_mid: (second_norm, Side.stream),
+                Point.mlp_in: ("mlp", Side.input),
+                Point.mlp_hidden: (mlp_tail[0], Side.input),
+                Point.mlp_out: (mlp_tail[-1], Side.output),
+                Point.resid_post: ("", Side.output),
+            },
+            mlp_tail,
+        )
+
+    def without(self, absent: Point) -> "Wiring":
+        return replace(self, points={point: place for point, place in self.points.items() if point is not absent})
+
+    @property
+    def available(self) -> frozenset[Point]:
+        return frozenset({Point.embed, *self.points})
+
+
+class ModuleTarget(Target):
+    def __init__(self, name: str, model: nn.Module, shape: TargetShape, tokenizer: Any, wiring: Wiring) -> None:
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        self.shape = shape
+        self.tokenizer = tokenizer
+        self.wiring = wiring
+        self.device = next(model.parameters()).device
+
+    @abstractmethod
+    def _residual(self, tokens: Int[Tensor, "batch pos"]) -> object:
+        """Run the model as far as the last block, without the LM head."""
+
+    @abstractmethod
+    def _logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]: ...
+
+    def record(
+        self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site]
+    ) -> dict[Site, Float[Tensor, "batch pos width"]]:
+        assert sites, "no sites to record"
+        tokens = self._checked(tokens)
+        recorded = record(lambda: self._residual(tokens), {site: self._tap(site) for site in sites})
+        return {site: recorded[site] for site in sites}
+
+    @contextmanager
+    def patch(self, replacements: Mapping[Site, Replace]) -> Iterator[None]:
+        with visiting([(self._tap(site), replacements[site]) for site in sorted(replacements)]):
+            yield
+
+    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        return self._logits(self._checked(tokens))
+
+    def mlp_out_of(self, layer: int, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows d"]:
+        assert 0 <= layer < self.shape.n_layers, f"layer {layer} of {self.shape.n_layers}"
+        value = hidden.to(next(self.model.parameters()).dtype)
+        for path in self.wiring.mlp_tail:
+            value = self._block(layer).get_submodule(path)(value)
+        return value
+
+    def _checked(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+        n_pos, n_ctx = tokens.shape[1], self.shape.n_ctx
+        assert 0 < n_pos <= n_ctx, f"sequences of {n_pos} tokens, but {self.name} reads 1 to {n_ctx}"
+        return tokens.to(self.device)
+
+    def _block(self, layer: int) -> nn.Module:
+        return self.model.get_submodule(f"{self.wiring.blocks}.{layer}")
+
+    def _tap(self, site: Site) -> Tap:
+        self.shape.check(site, "sites")
+        if site.point is Point.embed:
+            return Tap(self.model.get_submodule(self.wiring.embed), Side.output)
+        path, side = self.wiring.points[site.point]
+        module = self._block(site.layer).get_submodule(path)
+        if site.head is None:
+            return Tap(module, side)
+        return Tap(module, side, slice(site.head * self.shape.d_head, (site.head + 1) * self.shape.d_head))
