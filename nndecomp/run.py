@@ -1,0 +1,136 @@
+"""What every experiment shares: the command line in, checked settings and a run directory out.
+
+    @experiment("exp_010_train_transcoder_pile_sweep")
+    def main(cfg: RunConfig, out: Path) -> dict[str, float]: ...
+
+    command line -> every job's settings checked -> each job: run directory, config.yaml, provenance, seeds
+                 -> main(cfg, out) -> scores.json
+
+A job whose directory holds scores.json is finished and is not run again; one that was killed goes on from its
+checkpoint when it is started in the same directory (`hydra.run.dir=...`, for a sweep `hydra.sweep.dir=...`).
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from nndecomp.config.compose import differences, dump, load, resolve
+from nndecomp.config.jobs import command_line
+from nndecomp.config.registry import CONF, REPO, register
+from nndecomp.config.schema import RunConfig, require
+from nndecomp.errors import SettingError
+
+Main = Callable[[RunConfig, Path], dict[str, float]]
+log = logging.getLogger(__name__)
+SUBMITTED = "NNDECOMP_SUBMITTED_COMMIT"
+
+
+def experiment(name: str) -> Callable[[Main], Callable[[], None]]:
+    """Makes `main(cfg, out) -> scores` a command line program, its settings in conf/<name>.yaml."""
+
+    def wrap(main: Main) -> Callable[[], None]:
+        def job(raw: DictConfig) -> dict[str, float]:
+            single = HydraConfig.get().mode is RunMode.RUN
+            try:
+                return run(resolve(raw), Path(HydraConfig.get().runtime.output_dir), main)
+            except SettingError as error:
+                if single:
+                    refuse(error)  # before Hydra adds a line of its own
+                raise
+
+        def command() -> None:
+            register()
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come back as they are: bugs with their traceback
+            try:
+                asked = command_line(name)
+                if asked.on_slurm and not all(cfg.allow_dirty for cfg in asked.jobs):
+                    os.environ[SUBMITTED] = committed()  # SLURM hands the environment on to the jobs
+                check(asked.jobs)
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+            except SettingError as error:
+                refuse(error)
+
+        return command
+
+    return wrap
+
+
+def refuse(error: SettingError) -> None:
+    """A setting that cannot work: the sentence alone, and an exit status of its own."""
+    print(error, file=sys.stderr)
+    sys.exit(2)
+
+
+def check(jobs: list[RunConfig]) -> None:
+    """Everything that sizes alone can refuse, for all jobs, before a model is loaded or a directory made."""
+    if jobs:
+        from nndecomp import build  # late: torch takes seconds, and --help should not
+
+        for cfg in jobs:
+            build.check(cfg)
+
+
+def run(cfg: RunConfig, out: Path, main: Main) -> dict[str, float]:
+    """One job: the run directory, the process's own state, the experiment, and its scores last."""
+    from nndecomp import build, checkpoint  # late: torch takes seconds
+
+    if (out / "config.yaml").exists():
+        same_settings(cfg, out)
+    if (out / "scores.json").exists():
+        log.info("finished before, skipped: %s", out)
+        return checkpoint.read_json(out / "scores.json")
+    if "SLURM_JOB_ID" in os.environ and not cfg.allow_dirty:
+        unchanged_since_submission()
+    checkpoint.write_text(out / "config.yaml", dump(cfg))
+    build.process(cfg)
+    scores = main(cfg, out)
+    checkpoint.write_json(out / "scores.json", scores)
+    log.info("finished: %s", out)
+    return scores
+
+
+def same_settings(cfg: RunConfig, out: Path) -> None:
+    """A directory belongs to one set of settings; only where the run happens and who is told may change."""
+    before = load(out / "config.yaml")
+    changed = differences(
+        before,
+        replace(cfg, device=before.device, threads=before.threads, allow_dirty=before.allow_dirty, log=before.log),
+    )
+    require(
+        not changed, f"{out} holds a run with other settings ({'; '.join(changed)}); give this one its own directory"
+    )
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=REPO, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def committed() -> str:
+    """The commit that runs, which must be all of it: jobs on SLURM read code and conf/ only when they start."""
+    changed = git("status", "--porcelain").splitlines()
+    require(
+        not changed,
+        f"allow_dirty=false, but {len(changed)} files differ from the commit ({', '.join(line[3:] for line in changed[:3])}"
+        f"{', ...' if len(changed) > 3 else ''}) and jobs on SLURM read them only when they start; commit them, submit "
+        "from a clean git worktree, or write allow_dirty=true",
+    )
+    return git("rev-parse", "HEAD")
+
+
+def unchanged_since_submission() -> None:
+    now = committed()
+    before = os.environ.get(SUBMITTED, now)
+    require(
+        now == before,
+        f"allow_dirty=false, but the job was submitted at commit {before[:12]} and starts at {now[:12]}; submit from a "
+        "git worktree that stays as it is, or write allow_dirty=true",
+    )
