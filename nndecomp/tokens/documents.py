@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nndecomp.config.schema import TokensConfig, require
-from nndecomp.errors import SettingError
 
 Body = str | list[int]  # text, or token ids where the source is tokenised already
 

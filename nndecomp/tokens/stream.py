@@ -116,3 +116,14 @@ def heldout_tokens(cfg: TokensConfig, tokenizer: Any, n_seqs: int) -> TokenBatch
         f"tokens.seq_len={cfg.seq_len}; ask for fewer, or raise tokens.heldout_fraction",
     )
     return TokenBatch.of(found[:n_seqs], cfg.seq_len, encoding.pad)
+
+
+def training_documents(cfg: TokensConfig, seed: int) -> Iterator[str]:
+    """The training split's texts once, e.g. to train a tokenizer on."""
+    require(
+        cfg.tokens_column is None,
+        f"tokens.tokens_column={cfg.tokens_column} has no text; leave it null to train a tokenizer",
+    )
+    for body in open_reader(cfg, heldout=False, seed=seed).one_pass():
+        assert isinstance(body, str)
+        yield body.lower() if cfg.lowercase else body

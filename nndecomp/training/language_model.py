@@ -1,0 +1,63 @@
+"""Training a language model from nothing with the common loop: next-token cross-entropy, and batches of tokens.
+
+loss = - mean over predicted positions of  log p(token_{i+1} | token_0 .. token_i)      in nats
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP
+from nndecomp.tokens import TokenBatch, TokenStream
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch pos vocab"], batch: TokenBatch, reduction: str = "mean"
+) -> Float[Tensor, "..."]:
+    """Cross-entropy of every token but the first of a row, padding left out; nats, "mean" or "sum" over positions."""
+    targets = batch.tokens[:, 1:].masked_fill(~batch.mask[:, 1:], -100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+
+
+class NextToken(nn.Module):
+    """The objective of a language model."""
+
+    def __init__(self, model: LlamaSimpleMLP) -> None:
+        super().__init__()
+        self.model = model
+
+    def loss(self, batch: TokenBatch, progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        loss = next_token_loss(self.model(batch.tokens), batch)
+        return loss, {"ce": loss.detach()}
+
+    def before_step(self) -> None:
+        pass
+
+    def after_step(self) -> None:
+        pass
+
+
+class TokenBatches:
+    """A token stream as the loop wants it: batches of one size, on the device that trains."""
+
+    def __init__(self, stream: TokenStream, batch_seqs: int, device: torch.device) -> None:
+        self.stream, self.batch_seqs, self.device = stream, batch_seqs, device
+
+    def next_batch(self) -> TokenBatch:
+        return self.stream.next_batch(self.batch_seqs).to(self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+
+
+@torch.no_grad()
+def cross_entropy(model: LlamaSimpleMLP, batch: TokenBatch, batch_seqs: int) -> float:
+    """Mean next-token cross-entropy over a batch too large to run at once, in nats."""
+    sums = [next_token_loss(model(part.tokens), part, "sum").double() for part in batch.split(batch_seqs)]
+    return float(torch.stack(sums).sum() / batch.mask[:, 1:].sum())
