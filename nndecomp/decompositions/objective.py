@@ -7,7 +7,7 @@ scales into the weights. All state is in buffers, so a checkpoint of the module'
 import copy
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nndecomp.config.schema import DecompositionConfig, Penalty
@@ -43,11 +43,9 @@ class DictionaryObjective(nn.Module):
         n_features = sum(bank.n_features for bank in dictionary.banks)
         self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64, device=device))
         self._tokens_seen = 0  # on the host, so that steps need not wait for the device
-        self._step: tuple[Codes, Bool[Tensor, "feature"], int] | None = None  # between loss and after_step
+        self._step: tuple[Codes, Tensor, int] | None = None  # codes, which fired, tokens: from loss to after_step
         if cfg.unit_norm_decoder:
             self._normalise_decoder()
-            for bank in dictionary.banks:
-                bank.W_dec.register_hook(lambda grad, bank=bank: _tangential(grad, bank.W_dec))
 
     def get_extra_state(self) -> Int[Tensor, ""]:
         return torch.tensor(self._tokens_seen)
@@ -77,6 +75,23 @@ class DictionaryObjective(nn.Module):
         if self.training:
             self._step = (codes, codes.fired(), len(rows))
         return loss, {"loss": loss.detach(), "fvu": fvu, **self._metrics(codes), **_detached(terms)}
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Keeps gradients of unit-norm decoders tangential, before they are clipped."""
+        if self.cfg.unit_norm_decoder:
+            for bank in self.dictionary.banks:
+                assert bank.W_dec.grad is not None, "before_step follows a backward pass"
+                bank.W_dec.grad = _tangential(bank.W_dec.grad, bank.W_dec)
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """With unit-norm decoders: take away the part of the gradient that normalising would undo."""
+        if not self.cfg.unit_norm_decoder:
+            return
+        for bank in self.dictionary.banks:
+            assert bank.W_dec.grad is not None, f"group {bank.name} has no gradient; before_step follows backward"
+            bank.W_dec.grad -= (bank.W_dec.grad * bank.W_dec).sum(1, keepdim=True) * bank.W_dec
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -158,13 +173,7 @@ class DictionaryObjective(nn.Module):
     @torch.no_grad()
     def _normalise_decoder(self) -> None:
         for bank in self.dictionary.banks:
-            bank.W_dec /= bank.W_dec.norm(dim=1, keepdim=True)
-
-
-def _tangential(grad: Float[Tensor, "feature d"], W_dec: Float[Tensor, "feature d"]) -> Float[Tensor, "feature d"]:
-    """The gradient without its component along each unit decoder row, which normalising would undo."""
-    W_dec = W_dec.detach()
-    return grad - (grad * W_dec).sum(1, keepdim=True) * W_dec
+            bank.W_dec.div_(bank.W_dec.norm(dim=1, keepdim=True))
 
 
 def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,55 +20,46 @@ class NonFiniteError(ArithmeticError):
 class Window:
     def __init__(self, objective: str, parameters: Sequence[str]) -> None:
         self.objective = objective
-        self.parameters = tuple(parameters)
-        self.terms: tuple[str, ...] = ()
+        self.gradients = [f"the gradient of {name}" for name in parameters]
+        self.terms: list[tuple[str, ...]] = []  # of each step: an objective may have a term only now and then
         self.rows: list[Float[Tensor, " column"]] = []
 
-    def add(
-        self, loss: Float[Tensor, ""], terms: dict[str, Tensor], gradient_norms: Float[Tensor, " parameter"]
-    ) -> None:
-        names = tuple(terms)
-        assert self.rows == [] or names == self.terms, (
-            f"{self.objective}: the terms of the loss changed from {self.terms} to {names}"
-        )
-        for name, value in (*terms.items(), ("loss", loss)):
-            assert value.ndim == 0, f"{self.objective}: {name} has shape {tuple(value.shape)}, a scalar is logged"
-        self.terms = names
+    def add(self, loss: Float[Tensor, ""], terms: dict[str, Tensor], norms: Float[Tensor, " parameter"]) -> None:
+        terms = {name: value for name, value in terms.items() if name != "loss"}
+        for name, value in terms.items():
+            assert value.ndim == 0, f"{self.objective}: term {name} has shape {tuple(value.shape)}, a scalar is logged"
+        self.terms.append(tuple(terms))
         scalars = torch.stack([value.detach().float() for value in (*terms.values(), loss)])
-        self.rows.append(torch.cat([scalars, gradient_norms]))
-
-    @property
-    def columns(self) -> list[str]:
-        gradients = [f"the gradient of {name}" for name in self.parameters]
-        return [*(f"term {name!r} of the loss" for name in self.terms), "the loss", *gradients]
+        self.rows.append(torch.cat([scalars, norms]))
 
     def read(self, step: int) -> list[list[float]]:
-        """The rows, of which the last is that of `step`; one sync. Raises NonFiniteError."""
-        rows = torch.stack(self.rows).tolist()
-        for ago, row in zip(reversed(range(len(rows))), rows, strict=True):
-            for column, value in zip(self.columns, row, strict=True):
+        """The rows, of which the last is that of `step`; one sync. Raises NonFiniteError for the first one there is."""
+        numbers = iter(torch.cat(self.rows).tolist())
+        rows = [[next(numbers) for _ in range(len(row))] for row in self.rows]
+        for ago, terms, row in zip(reversed(range(len(rows))), self.terms, rows, strict=True):
+            columns = [*(f"term {name!r} of the loss" for name in terms), "the loss", *self.gradients]
+            for column, value in zip(columns, row, strict=True):
                 if not math.isfinite(value):
                     raise NonFiniteError(f"{self.objective}: {column} is {value} at step {step - ago}")
         return rows
 
     def means(self, step: int) -> dict[str, float]:
-        """Means over the window of the terms, the loss, and the norm of the whole gradient; then the window is empty."""
-        rows = self.read(step)
-        n_terms = len(self.terms)
-        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        norms = [math.hypot(*row[n_terms + 1 :]) for row in rows]
-        self.rows = []
-        return {
-            "loss": means[n_terms],
-            **dict(zip(self.terms, means, strict=False)),
-            "gradient_norm": sum(norms) / len(norms),
-        }
+        """Means since the last log point of the loss, of each term over the steps that had it, and of the norm of the
+        whole gradient before clipping. The window is empty after this.
+        """
+        columns: dict[str, list[float]] = {}
+        for terms, row in zip(self.terms, self.read(step), strict=True):
+            norm = math.hypot(*row[len(terms) + 1 :])
+            for name, value in zip(("loss", "gradient_norm", *terms), (row[len(terms)], norm, *row), strict=False):
+                columns.setdefault(name, []).append(value)
+        self.terms, self.rows = [], []
+        return {name: sum(values) / len(values) for name, values in columns.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"terms": list(self.terms), "rows": [row.cpu() for row in self.rows]}
+        return {"terms": [list(names) for names in self.terms], "rows": [row.cpu() for row in self.rows]}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.terms = tuple(state["terms"])
+        self.terms = [tuple(names) for names in state["terms"]]
         self.rows = [row.to(device) for row in state["rows"]]
 
 
