@@ -27,7 +27,7 @@ WANDB = {"nndecomp/training/log.py", "nndecomp/targets/wandb_runs.py"}
 HOOKS = {"nndecomp/targets/hooks.py"}
 # Where files are written. Everything else returns values.
 WRITERS = {
-    "nndecomp/activations/store.py",
+    "nndecomp/activations/store_writer.py",
     "nndecomp/checkpoint.py",
     "nndecomp/decompositions/pretrained.py",
     "nndecomp/evaluation/rows.py",
