@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from nndecomp.config.schema import TokensConfig, require
 
@@ -39,6 +39,7 @@ class Document:
         return Document(body, key)
 
 
+@runtime_checkable
 class Documents(Protocol):
     """Documents that can be reached in any order."""
 

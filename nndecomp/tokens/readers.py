@@ -1,7 +1,7 @@
 """One rank's documents of one split, in order, endlessly; the position can be saved and restored."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from nndecomp.tokens.documents import Body, Document, Documents
 Side = Callable[[Document], bool]  # whether a document belongs to the split that is read
 
 
+@runtime_checkable
 class Reader(Protocol):
     n_documents: int | None  # before the split, if it is known without reading everything
 
