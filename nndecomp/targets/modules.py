@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -88,7 +89,7 @@ class ModuleTarget(Target):
         assert 0 <= layer < self.shape.n_layers, f"layer {layer} of {self.shape.n_layers}"
         value = hidden.to(next(self.model.parameters()).dtype)
         for path in self.wiring.mlp_tail:
-            value = self._block(layer).get_submodule(path)(value)
+            value = self._module(f"{self.wiring.blocks}.{layer}.{path}")(value)
         return value
 
     def _checked(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
@@ -96,15 +97,15 @@ class ModuleTarget(Target):
         assert 0 < n_pos <= n_ctx, f"sequences of {n_pos} tokens, but {self.name} reads 1 to {n_ctx}"
         return tokens.to(self.device)
 
-    def _block(self, layer: int) -> nn.Module:
-        return self.model.get_submodule(f"{self.wiring.blocks}.{layer}")
+    def _module(self, path: str) -> nn.Module:
+        return reduce(getattr, path.rstrip(".").split("."), self.model)
 
     def _tap(self, site: Site) -> Tap:
         self.shape.check(site, "sites")
         if site.point is Point.embed:
-            return Tap(self.model.get_submodule(self.wiring.embed), Side.output)
+            return Tap(self._module(self.wiring.embed), Side.output)
         path, side = self.wiring.points[site.point]
-        module = self._block(site.layer).get_submodule(path)
-        if site.head is None:
-            return Tap(module, side)
-        return Tap(module, side, slice(site.head * self.shape.d_head, (site.head + 1) * self.shape.d_head))
+        module = self._module(f"{self.wiring.blocks}.{site.layer}.{path}")
+        d_head = self.shape.d_head
+        columns = None if site.head is None else slice(site.head * d_head, (site.head + 1) * d_head)
+        return Tap(module, side, columns)
