@@ -52,6 +52,11 @@ def patch_sets(writes: Sequence[Site], patched: Sequence[Patched]) -> list[Patch
     return [PatchSet(kind, each) for kind in patched for each in sets[kind]]
 
 
+def exact(values: Tensor) -> Tensor:
+    """In float64: where the values are, or on the CPU if their device has no float64."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 @dataclass(frozen=True)
 class Batch:
     """Some sequences of the held-out text, and which of their positions count."""
@@ -62,12 +67,11 @@ class Batch:
     predicts: Bool[Tensor, "batch pos-1"]  # predictions of a real token
 
     def per_seq(self, values: Float[Tensor, "token *rest"]) -> Float[Tensor, "batch *rest"]:
-        """Rows summed by the sequence they belong to, in float64 (on the CPU where the device has none)."""
-        if values.device.type == "mps":
-            values = values.cpu()
+        """Rows summed by the sequence they belong to, in float64."""
+        values = exact(values)
         seq = (self.kept // self.tokens.shape[1]).to(values.device)
-        sums = values.new_zeros(len(self.tokens), *values.shape[1:], dtype=torch.float64)
-        return sums.index_add_(0, seq, values.double()).cpu()
+        sums = values.new_zeros(len(self.tokens), *values.shape[1:])
+        return sums.index_add_(0, seq, values).cpu()
 
     def rows(self, value: Float[Tensor, "batch pos width"]) -> Float[Tensor, "token width"]:
         """The kept positions, as float32 rows."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nndecomp.decompositions.base import Active, GroupCost
 from nndecomp.evaluation.bootstrap import Ratio
-from nndecomp.evaluation.patching import Batch
+from nndecomp.evaluation.patching import Batch, exact
 from nndecomp.types import Site
 
 
@@ -23,11 +23,12 @@ class SiteErrors:
     """Running sums of one written site. `centre` [width] is any point near the mean: sums of squares lose no digits."""
 
     def __init__(self, n_seqs: int, centre: Float[Tensor, " width"]) -> None:
-        self.centre = centre.cpu().float()
+        self.centre = exact(centre)
         self.squared_error, self.cosine, self.squares, self.n = torch.zeros(4, n_seqs, dtype=torch.float64).unbind()
         self.sums = torch.zeros(n_seqs, len(centre), dtype=torch.float64)
 
     def add(self, batch: Batch, y: Float[Tensor, "token width"], y_hat: Float[Tensor, "token width"]) -> None:
+        y, y_hat = exact(y), exact(y_hat)
         centred = y - self.centre.to(y)
         self.squared_error[batch.seqs] += batch.per_seq((y - y_hat).square()).sum(-1)
         self.cosine[batch.seqs] += batch.per_seq(torch.cosine_similarity(y, y_hat, dim=-1))

@@ -1,12 +1,12 @@
 """Measurements as one tidy table: one number a row, everything needed to read it beside it."""
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nndecomp.checkpoint import write_bytes
 from nndecomp.errors import SettingError
 
 if TYPE_CHECKING:
@@ -78,11 +78,7 @@ def join(tables: Sequence["pandas.DataFrame"]) -> "pandas.DataFrame":
 def write_rows(frame: "pandas.DataFrame", path: Path) -> None:
     """Parquet, whole or not at all."""
     _check(frame, str(path))
-    beside = path.with_name(path.name + ".partial")
-    frame.to_parquet(beside, index=False)
-    with beside.open("rb+") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_bytes(path, frame.to_parquet(None, index=False))
 
 
 def read_rows(path: Path) -> "pandas.DataFrame":

@@ -1,1 +1,1 @@
-"""From rows to tables and figures."""
+"""From rows to tables and figures: pure, and the only place that draws."""

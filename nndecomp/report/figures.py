@@ -1,0 +1,175 @@
+"""Rows -> figures. Nothing is read or written here; `style.save` writes.
+
+Filled markers and solid lines are live measurements, open markers and dashed lines clean ones, everywhere.
+"""
+
+import math
+from collections.abc import Sequence
+
+import matplotlib
+import pandas
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from nndecomp.report import style
+from nndecomp.report.tables import wide
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+REFERENCES = {"ce_increase_zero": ("zero ablation", "-."), "ce_increase_mean": ("mean ablation", ":")}
+# What a line on a plot has in common; k varies along it, seeds scatter around it.
+SERIES = ["architecture", "activation", "n_features"]
+
+
+def pareto(rows: pandas.DataFrame, axis: str = "active_per_reconstruction") -> Figure:
+    """Cross-entropy increase against one x-axis of evaluation.costs, all sites replaced."""
+    return _draw(rows, [axis], "ce_increase")
+
+
+def pareto_axes(rows: pandas.DataFrame) -> Figure:
+    """The same over every x-axis."""
+    return _draw(rows, list(style.AXES), "ce_increase")
+
+
+def fvu_against_l0(rows: pandas.DataFrame) -> Figure:
+    """Fraction of variance unexplained, pooled over sites, against active components per module."""
+    return _draw(rows, ["active_per_module"], "fvu")
+
+
+def _draw(rows: pandas.DataFrame, axes: Sequence[str], metric: str) -> Figure:
+    points = wide(rows)
+    for what in ("target", "layers"):
+        found = sorted(points[what].unique())
+        assert len(found) == 1, f"one figure compares on one {what}, these rows have {', '.join(found)}"
+    with matplotlib.rc_context(style.RC):
+        columns = min(len(axes), 3)
+        lines = -(-len(axes) // columns)
+        figure = Figure(figsize=(6.4, 3.8) if len(axes) == 1 else (9.6, 3.1 * lines), layout="constrained")
+        panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+        for panel, axis in zip(panels, axes, strict=False):
+            _panel(panel, points, axis, metric, label_references=axis == axes[0])
+        for panel in panels[::columns]:
+            panel.set_ylabel({"ce_increase": "CE increase (nats)", "fvu": "fraction of variance unexplained"}[metric])
+        for panel in panels[len(axes) :]:
+            panel.set_axis_off()
+        figure.suptitle(_title(points), x=0.01, ha="left", fontsize=10)
+        spare = panels[len(axes)] if len(axes) < len(panels) else None
+        if spare is None:
+            figure.legend(handles=_legend(points), loc="outside right upper", handlelength=3)
+        else:
+            spare.legend(handles=_legend(points), loc="center", fontsize=9, handlelength=3)
+    return figure
+
+
+def _title(points: pandas.DataFrame) -> str:
+    layers = points["layers"].iloc[0].split(",")
+    what = f"layer {layers[0]}" if len(layers) == 1 else f"all {len(layers)} layers"
+    where = f"{points['target'].iloc[0]}, {what} replaced"
+    return f"{where} (target: {points['ce_clean'].mean():.3f} nats)" if "ce_clean" in points else where
+
+
+def _variants(points: pandas.DataFrame, architecture: str) -> list[tuple[str, int]]:
+    """Activation functions and sizes in which an architecture occurs: told apart by markers."""
+    own = points[points.architecture == architecture]
+    return sorted(set(zip(own.activation, own.n_features, strict=True)))
+
+
+def _look(points: pandas.DataFrame, architecture: str, variant: tuple[str, int]) -> tuple[str, str]:
+    """Colour by architecture, marker by variant."""
+    marker = MARKERS[_variants(points, architecture).index(variant) % len(MARKERS)]
+    return style.colour(architecture, sorted(points.architecture.unique())), marker
+
+
+def _panel(panel: Axes, points: pandas.DataFrame, axis: str, metric: str, label_references: bool) -> None:
+    for (architecture, activation, n_features, inputs), part in points.groupby([*SERIES, "inputs"]):
+        colour, marker = _look(points, architecture, (activation, n_features))
+        live = inputs == "live"
+        panel.errorbar(
+            part[axis],
+            part[metric],
+            yerr=[part[metric] - part[f"{metric}_low"], part[f"{metric}_high"] - part[metric]],
+            fmt=marker,
+            color=colour,
+            markerfacecolor=colour if live else "white",
+            elinewidth=1.2,
+            zorder=4 if live else 3,
+        )
+        # The line runs through the mean over seeds; where there is no k, every point is a setting of its own.
+        line = part.groupby(part.k.fillna(-part[axis]))[[axis, metric]].mean().sort_values(axis)
+        panel.plot(line[axis], line[metric], "-" if live else "--", color=colour, zorder=2)
+    references = {name: points[name].mean() for name in REFERENCES if metric == "ce_increase" and name in points}
+    panel.set_xscale("log")
+    panel.set_xlabel(style.AXES[axis])
+    _scale_y(panel, [*points[metric], *points[f"{metric}_low"], *points[f"{metric}_high"], *references.values()])
+    _plain_ticks(panel)
+    heights = {
+        name: panel.transLimits.transform(panel.transScale.transform((1, y)))[1] for name, y in references.items()
+    }
+    for name, height in references.items():
+        panel.axhline(height, color="black", linewidth=0.9, linestyle=REFERENCES[name][1], zorder=1)
+        if label_references:
+            # Above its line, where there is less data, unless the other line is in the way.
+            above = not any(0 < other - heights[name] < 0.07 for other in heights.values())
+            panel.annotate(
+                REFERENCES[name][0],
+                (1.0, height),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 2 if above else -2),
+                textcoords="offset points",
+                ha="right",
+                va="bottom" if above else "top",
+                fontsize=7.5,
+            )
+
+
+def _scale_y(panel: Axes, values: Sequence[float]) -> None:
+    """Linear for a narrow range; log for a wide one, symlog if some of it is not above 0."""
+    known = [value for value in values if not math.isnan(value)]
+    low, high = min(known), max(known)
+    if low > 0 and high / low > 8:
+        panel.set_yscale("log")
+        panel.set_ylim(low / 1.4, high * 1.4)
+    elif low <= 0 and high > 0:
+        smallest = min(value for value in known if value > 0)
+        if high / smallest > 8:
+            panel.set_yscale("symlog", linthresh=max(smallest, high / 1000), linscale=0.5)
+        panel.set_ylim(top=high * 1.3)
+    else:
+        panel.set_ylim(0, high * 1.12)
+
+
+def _plain_ticks(panel: Axes) -> None:
+    """1, 2, 5, 10, ... rather than powers of ten; thousands as 2k, 5M."""
+    for axis, scale in ((panel.xaxis, panel.get_xscale()), (panel.yaxis, panel.get_yscale())):
+        if scale == "log":
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_minor_formatter(NullFormatter())
+            axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+
+
+def _short(value: float) -> str:
+    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:g}{suffix}"
+    return f"{value:g}"
+
+
+def _legend(points: pandas.DataFrame) -> list[Line2D]:
+    """One entry a method, then what filled and open markers mean."""
+    entries = []
+    for architecture in sorted(points.architecture.unique(), key=lambda name: (name == "neurons", name)):
+        variants = _variants(points, architecture)
+        for activation, n_features in variants:
+            colour, marker = _look(points, architecture, (activation, n_features))
+            name = style.NAMES.get(architecture, architecture.replace("_", " "))
+            label = f"{name}, {activation}, {n_features}" if len(variants) > 1 else name
+            entries.append(Line2D([], [], color=colour, marker=marker, label=label))
+    meaning = {
+        "live": Line2D([], [], color="black", marker="o", label="live inputs"),
+        "clean": Line2D(
+            [], [], color="black", marker="o", markerfacecolor="white", linestyle="--", label="clean inputs"
+        ),
+    }
+    return [*entries, *(meaning[inputs] for inputs in meaning if (points.inputs == inputs).any())]
