@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlparse
 
 from nndecomp.checkpoint import flush, read_json, write_json
@@ -48,7 +48,7 @@ class Log:
         self.file = self.path.open("ab")
         self.wandb = None if cfg.wandb is Wandb.disabled else start_wandb(out, cfg, name, settings or {})
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Log":
         return self
 
     def __exit__(

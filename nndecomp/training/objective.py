@@ -1,11 +1,12 @@
 """What the loop trains, and what it trains on."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Anything with a loss: an `nn.Module` whose parameters are trained and whose buffers are saved with them.
 
@@ -35,6 +36,7 @@ class Objective(Protocol):
     def train(self, mode: bool = True) -> Any: ...
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Endless batches. The state holds tensors and plain values; restoring it gives the same next batches, bit for bit."""
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self, TextIO
 
 from tqdm import tqdm
 
@@ -23,9 +22,8 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    def __init__(self, description: str, n_tokens: int, done_tokens: int, file: TextIO | None = None) -> None:
+    def __init__(self, description: str, n_tokens: int, done_tokens: int) -> None:
         """done_tokens: those of earlier starts of the same run, which count for how far but not for how fast."""
-        self.file = sys.stderr if file is None else file
         self.description, self.n_tokens = description, n_tokens
         self.first = self.done = done_tokens
         self.note = ""
@@ -37,11 +35,10 @@ class Progress:
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
-            file=self.file,
-            disable=not self.file.isatty(),
+            disable=not sys.stderr.isatty(),
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(
@@ -71,7 +68,7 @@ class Progress:
         )
         amount = f"{100 * self.done // self.n_tokens} % ({size(self.done)} of {size(self.n_tokens)} tokens)"
         parts = [amount, f"{size(speed)} tokens/s", *left, *([self.note] if self.note else [])]
-        print(f"{self.description}: {', '.join(parts)}", file=self.file, flush=True)
+        print(f"{self.description}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 
 class Clock:
