@@ -55,10 +55,10 @@ class SparseCodes:
         blank = torch.zeros(self.n_tokens, dtype=torch.int64, device=self.values.device)
         return blank.index_add_(0, self.tokens, (self.values != 0).long())
 
-    def fired(self) -> Bool[Tensor, "feature"]:
-        """Features active on at least one token."""
+    def firings(self) -> Int[Tensor, "feature"]:
+        """Tokens that each feature is active on."""
         blank = torch.zeros(self.n_features, dtype=torch.int64, device=self.values.device)
-        return blank.index_add_(0, self.indices, (self.values != 0).long()) > 0
+        return blank.index_add_(0, self.indices, (self.values != 0).long())
 
     def weighted(self, weights: Float[Tensor, "feature"]) -> Float[Tensor, "slot"]:
         """Values times a weight a feature, in any order and with zeros left out."""
@@ -92,9 +92,9 @@ class DenseCodes:
         """Active features of each token."""
         return (self.values != 0).sum(-1)
 
-    def fired(self) -> Bool[Tensor, "feature"]:
-        """Features active on at least one token."""
-        return (self.values != 0).any(0)
+    def firings(self) -> Int[Tensor, "feature"]:
+        """Tokens that each feature is active on."""
+        return (self.values != 0).sum(0)
 
     def weighted(self, weights: Float[Tensor, "feature"]) -> Float[Tensor, "token feature"]:
         """Values times a weight a feature."""
@@ -132,6 +132,10 @@ class Codes:
         """Active features of each token and group."""
         return torch.stack([codes.counts() for codes in self.groups], 1)
 
+    def firings(self) -> tuple[Int[Tensor, "_"], ...]:
+        """For each group: tokens that each of its features is active on."""
+        return tuple(codes.firings() for codes in self.groups)
+
     def fired(self) -> Bool[Tensor, "all_features"]:
         """Features active on at least one token, groups side by side."""
-        return torch.cat([codes.fired() for codes in self.groups])
+        return torch.cat(self.firings()) > 0

@@ -20,6 +20,7 @@ from nndecomp.decompositions import kernels
 from nndecomp.decompositions.activation import Pointwise, Selecting, make_activation
 from nndecomp.decompositions.base import Decomposition, GroupCost
 from nndecomp.decompositions.codes import Codes, DenseCodes, GroupCodes, SparseCodes
+from nndecomp.decompositions.pretrained import Pretrained
 from nndecomp.decompositions.spec import DictionarySpec, GroupSpec
 from nndecomp.types import Layout, Site
 
@@ -58,12 +59,11 @@ class Group(nn.Module):
         return features if self.W_skip is None else features + x @ self.W_skip
 
 
-class SparseDictionary(Decomposition):
+class SparseDictionary(Pretrained, Decomposition):
     """A list of groups. Weights are zero until `initialise` or loading fills them."""
 
     def __init__(self, spec: DictionarySpec) -> None:
-        super().__init__()
-        self._spec = spec
+        super().__init__(spec)
         self.read_layout, self.write_layout = spec.read_layout, spec.write_layout
         self.reads = tuple(sorted(self.read_layout.sites))
         self.writes = tuple(sorted(self.write_layout.sites))
@@ -182,12 +182,12 @@ class SparseDictionary(Decomposition):
         """
         s_read = columns_of(scales, self.read_layout).to(self.b_dec)
         s_write = columns_of(scales, self.write_layout).to(self.b_dec)
-        self.b_dec *= s_write
+        self.b_dec.mul_(s_write)
         for bank in self.banks:
-            bank.W_enc /= s_read[bank.reads]
-            bank.W_dec *= s_write[bank.writes]
+            bank.W_enc.div_(s_read[bank.reads])
+            bank.W_dec.mul_(s_write[bank.writes])
             if bank.W_skip is not None:
-                bank.W_skip *= s_write[bank.writes] / s_read[bank.reads, None]
+                bank.W_skip.mul_(s_write[bank.writes] / s_read[bank.reads, None])
 
 
 class DictionaryRun:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -105,7 +105,7 @@ def threshold_support(pre: Float[Tensor, "token feature"], threshold: Float[Tens
 def split_support(support: Support, widths: Sequence[int]) -> list[Support]:
     """One support per group, from one over all groups' features side by side."""
     starts = [sum(widths[:g]) for g in range(len(widths))]
-    inside: list[Bool[Tensor, "slot"]] = [
+    inside = [
         (support.indices >= start) & (support.indices < start + width)
         for start, width in zip(starts, widths, strict=True)
     ]

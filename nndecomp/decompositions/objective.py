@@ -78,14 +78,6 @@ class DictionaryObjective(nn.Module):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Keeps gradients of unit-norm decoders tangential, before they are clipped."""
-        if self.cfg.unit_norm_decoder:
-            for bank in self.dictionary.banks:
-                assert bank.W_dec.grad is not None, "before_step follows a backward pass"
-                bank.W_dec.grad = _tangential(bank.W_dec.grad, bank.W_dec)
-
-    @torch.no_grad()
-    def before_step(self) -> None:
         """With unit-norm decoders: take away the part of the gradient that normalising would undo."""
         if not self.cfg.unit_norm_decoder:
             return

@@ -1,0 +1,98 @@
+"""The baseline that needs no training: the MLPs' own neurons, of which each token keeps the largest few.
+
+    h [token, d_mlp]  at mlp_hidden;  y_hat = mlp_out of (h where |h| is among the k largest of the token, else 0)
+
+y_hat is computed by the model's own modules, so with k = d_mlp it is the model.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nndecomp.config.schema import DecompositionConfig
+from nndecomp.decompositions.architectures import wire
+from nndecomp.decompositions.base import Decomposition, GroupCost
+from nndecomp.decompositions.codes import Codes, SparseCodes
+from nndecomp.decompositions.kernels import Support, topk_support
+from nndecomp.targets.base import Target
+from nndecomp.types import Layout, Point, Site
+
+
+class NeuronBaseline(Decomposition):
+    """The k neurons with the largest |h| of each token and layer; `k` is one number a layer.
+
+    A neuron counts as one vector read and one written, d_model weights each. Choosing among neurons needs all their
+    activations, hence all read vectors, as an encoder does.
+    """
+
+    def __init__(self, target: Target, layers: Sequence[int], k: Sequence[int]) -> None:
+        super().__init__()
+        d_model, d_mlp = target.shape.d_model, target.shape.d_mlp
+        assert len(layers) == len(k), f"{len(k)} values of k for {len(layers)} layers"
+        assert all(0 < each <= d_mlp for each in k), f"k={list(k)} of {d_mlp} neurons"
+        self.layers, self.k = tuple(layers), tuple(k)
+        self._mlp_out_of = target.mlp_out_of
+        self.reads = tuple(Site(layer, Point.mlp_hidden) for layer in layers)
+        self.writes = tuple(Site(layer, Point.mlp_out) for layer in layers)
+        self.read_layout = Layout.of(dict.fromkeys(self.reads, d_mlp))
+        self.write_layout = Layout.of(dict.fromkeys(self.writes, d_model))
+        self.costs = tuple(
+            GroupCost(
+                name=f"L{layer}",
+                n_components=d_mlp,
+                parameters=2 * d_model,
+                n_writes=1,
+                gate_parameters=d_mlp * d_model,
+            )
+            for layer in layers
+        )
+
+    def encode_layer(self, hidden: Float[Tensor, "token d_mlp"], group: int) -> SparseCodes:
+        """Codes keep the neurons' sign."""
+        support = topk_support(hidden.detach().abs(), self.k[group])
+        sorted_support = Support(
+            support.indices.view(-1, self.k[group]).sort(1).values.flatten(), support.offsets, support.n_features
+        )
+        return SparseCodes(hidden[sorted_support.tokens, sorted_support.indices], sorted_support)
+
+    def decode_layer(self, codes: SparseCodes, group: int) -> Float[Tensor, "token d_model"]:
+        return self._mlp_out_of(self.layers[group], codes.dense())
+
+    def forward(self, x: Float[Tensor, "token d_reads"]) -> tuple[Float[Tensor, "token d_writes"], Codes]:
+        hidden = [x[:, self.read_layout.spans[site]] for site in self.reads]
+        codes = [self.encode_layer(h, g) for g, h in enumerate(hidden)]
+        return torch.cat([self.decode_layer(c, g) for g, c in enumerate(codes)], 1), Codes(tuple(codes))
+
+    def live_obstacle(self) -> None:
+        return None
+
+    def live_run(self) -> "NeuronRun":
+        return NeuronRun(self)
+
+
+class NeuronRun:
+    def __init__(self, baseline: NeuronBaseline) -> None:
+        self._baseline = baseline
+        self._codes: dict[int, SparseCodes] = {}
+
+    def read(self, site: Site, value: Float[Tensor, "token width"]) -> None:
+        group = self._baseline.reads.index(site)
+        self._codes[group] = self._baseline.encode_layer(value, group)
+
+    def write(self, site: Site) -> Float[Tensor, "token width"]:
+        group = self._baseline.writes.index(site)
+        assert group in self._codes, f"{site} is written before {self._baseline.reads[group]} was read"
+        return self._baseline.decode_layer(self._codes[group], group)
+
+    def active(self) -> Codes:
+        n_groups = len(self._baseline.layers)
+        assert len(self._codes) == n_groups, f"{len(self._codes)} of {n_groups} layers have been read"
+        return Codes(tuple(self._codes[g] for g in range(n_groups)))
+
+
+def build_neurons(cfg: DecompositionConfig, target: Target) -> NeuronBaseline:
+    """Raises SettingError as `nndecomp.decompositions.architectures.wire` does."""
+    wiring = wire(cfg, target.shape)
+    return NeuronBaseline(target, [group.reads[0].layer for group in wiring.groups], wiring.k)

@@ -1,0 +1,132 @@
+"""A dictionary on disk and on the Hugging Face Hub: config.json (what it is) and model.safetensors (its weights).
+
+config.json         format, format_version, and `DictionarySpec.to_json`: target, sites with widths, groups with
+                    what they read and write, activation function with k, scope and bandwidth
+model.safetensors   groups.<g>.{W_enc, b_enc, W_dec[, W_skip]}, b_dec, and activation.threshold: of batchtopk
+                    (active is what strictly exceeds it, one a group or one for all) or .<g> of jumprelu (one a
+                    feature); all in units of raw activations, W_enc and W_dec are [feature, d]
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nndecomp.decompositions.spec import DictionarySpec
+from nndecomp.errors import SettingError
+
+FORMAT = "nndecomp.SparseDictionary"
+FORMAT_VERSION = 1
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+
+class Pretrained(nn.Module):
+    """Saving and loading, for a module that its spec alone can build."""
+
+    def __init__(self, spec: DictionarySpec) -> None:
+        super().__init__()
+        self._spec = spec
+
+    @property
+    def spec(self) -> DictionarySpec:
+        """What the module is now."""
+        return self._spec
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the directory; it appears, or replaces the one before, as a whole."""
+        directory = Path(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        config = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.spec.to_json()}
+        beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        save_file(weights, beside / _WEIGHTS, metadata={"format": "pt"})
+        (beside / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for path in (beside / _WEIGHTS, beside / _CONFIG, beside):
+            _fsync(path)
+        beside.chmod(0o755)
+        if directory.exists():
+            _check_ours(directory)
+            replaced = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+            os.replace(directory, replaced)
+            os.replace(beside, directory)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(beside, directory)
+        _fsync(directory.parent)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, device: torch.device | str = "cpu", revision: str | None = None
+    ) -> Self:
+        """In eval mode, from a local directory or a Hub id; `revision` is a branch, tag or commit of the latter.
+
+        Raises SettingError if the source is not a dictionary of this format and version, or its weights do not fit
+        its configuration.
+        """
+        directory = _local(source, revision)
+        module = cls(DictionarySpec.from_json(_config_of(directory)))
+        weights = load_file(directory / _WEIGHTS)
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        wrong = [
+            f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing of that name')}"
+            for name in sorted(found.keys() | expected.keys())
+            if found.get(name) != expected.get(name)
+        ]
+        if wrong:
+            raise SettingError(f"weights in {source} do not fit their config.json: {'; '.join(wrong)}")
+        module.load_state_dict(weights, assign=True)
+        return module.to(device).eval()
+
+    def push_to_hub(self, repo_id: str, private: bool = False, message: str = "Upload dictionary") -> str:
+        """Upload to the Hugging Face Hub, as the user who is logged in there; returns the commit's address."""
+        from huggingface_hub import HfApi  # late: slow to import, and most runs never upload
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as beside:
+            self.save_pretrained(Path(beside) / "dictionary")
+            commit = api.upload_folder(repo_id=repo_id, folder_path=Path(beside) / "dictionary", commit_message=message)
+        return str(commit.commit_url)
+
+
+def _local(source: str | Path, revision: str | None) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "~", "/")):
+        raise SettingError(f"{source} is neither a directory nor a Hub id of the form owner/name")
+    from huggingface_hub import snapshot_download  # late: slow to import, and local directories do not need it
+
+    return Path(snapshot_download(source, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS]))
+
+
+def _config_of(directory: Path) -> dict[str, Any]:
+    for name in (_CONFIG, _WEIGHTS):
+        if not (directory / name).is_file():
+            raise SettingError(f"{directory} holds no {name}: it is not a saved dictionary")
+    config = json.loads((directory / _CONFIG).read_text())
+    if config.get("format") != FORMAT:
+        raise SettingError(f"{directory}/{_CONFIG} has format {config.get('format')!r}, expected {FORMAT!r}")
+    if config["format_version"] != FORMAT_VERSION:
+        raise SettingError(
+            f"{directory}/{_CONFIG} has format_version {config['format_version']}, "
+            f"but this version of nndecomp reads {FORMAT_VERSION}"
+        )
+    return config
+
+
+def _check_ours(directory: Path) -> None:
+    foreign = sorted({path.name for path in directory.iterdir()} - {_CONFIG, _WEIGHTS})
+    assert not foreign, f"{directory} would be replaced as a whole, but also holds {', '.join(foreign)}"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
