@@ -43,6 +43,10 @@ def target_shape(cfg: TargetConfig) -> TargetShape:
 
 def _directory(cfg: TargetConfig, weights: bool) -> Path:
     """Where a LlamaSimpleMLP lies; files of a wandb run are fetched first."""
+    if cfg.revision is not None:
+        raise SettingError(
+            f"target.revision={cfg.revision} has no meaning for target.kind={cfg.kind.value}; write null"
+        )
     if cfg.path.startswith(wandb_runs.PREFIX):
         return wandb_runs.fetch(cfg.path, weights)
     directory = TINY if cfg.path == "tiny" else Path(cfg.path).expanduser().resolve()

@@ -89,7 +89,8 @@ class ModuleTarget(Target):
         assert 0 <= layer < self.shape.n_layers, f"layer {layer} of {self.shape.n_layers}"
         value = hidden.to(next(self.model.parameters()).dtype)
         for path in self.wiring.mlp_tail:
-            value = self._module(f"{self.wiring.blocks}.{layer}.{path}")(value)
+            # `forward`, not a call: called from within `patch`, it must not meet the hooks again.
+            value = self._module(f"{self.wiring.blocks}.{layer}.{path}").forward(value)
         return value
 
     def _checked(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
