@@ -1,13 +1,49 @@
-"""From settings to objects. The one file that knows every kind of everything."""
+"""From settings to objects. The one file that knows every kind of everything.
 
+settings -> target -> tokens -> stream of rows -> objectives -> trained dictionaries -> measurements
+"""
+
+import math
 import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from nndecomp.config.schema import RunConfig, require
+from nndecomp.activations.harvest import Harvester, kept
+from nndecomp.activations.manifest import row_settings
+from nndecomp.activations.statistics import measure, site_means, site_scales
+from nndecomp.activations.store import Store, open_store
+from nndecomp.activations.stream import RowStream, StoreStream, live_stream
+from nndecomp.config.schema import (
+    Activation,
+    ActivationsKind,
+    Architecture,
+    DecompositionConfig,
+    Normalisation,
+    Patched,
+    RunConfig,
+    require,
+)
+from nndecomp.decompositions.architectures import build_dictionary, wire
+from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.neurons import NeuronBaseline, build_neurons
+from nndecomp.decompositions.objective import DictionaryObjective
+from nndecomp.evaluation.rows import Context, join, table, write_rows
+from nndecomp.evaluation.suite import evaluate_all
 from nndecomp.targets.base import Target
-from nndecomp.targets.load import load_target
+from nndecomp.targets.load import load_target, target_shape
+from nndecomp.tokens import heldout_tokens, open_tokens
+from nndecomp.training.log import Log, check_log
+from nndecomp.training.loop import train
+from nndecomp.types import Site
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 def device(cfg: RunConfig) -> torch.device:
@@ -32,12 +68,190 @@ def process(cfg: RunConfig) -> None:
         torch.set_num_threads(cfg.threads)
 
 
+def decompositions(cfg: RunConfig) -> dict[str, DecompositionConfig]:
+    """Every decomposition of a run by name: the one of `decomposition`, or the grid of `compare`."""
+    if cfg.compare is None:
+        return {cfg.decomposition.architecture.value: cfg.decomposition}
+    return {
+        f"{architecture.value}_k{k}": of_architecture(cfg.decomposition, architecture, k)
+        for architecture in cfg.compare.architectures
+        for k in cfg.compare.k
+    }
+
+
+def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int) -> DecompositionConfig:
+    """The same settings with another wiring, at the sites where it takes the place of the MLPs."""
+    match architecture:
+        case Architecture.per_layer_sae:
+            reads, changes = ["mlp_out"], {"skip": False}
+        case Architecture.per_layer_transcoder | Architecture.cross_layer_transcoder:
+            reads, changes = ["mlp_in"], {}
+        case Architecture.neurons:
+            # Their number is the target's d_mlp; n_features only must not refuse k.
+            reads, changes = ["mlp_hidden"], {"activation": Activation.topk, "n_features": max(cfg.n_features, k)}
+        case Architecture.sae | Architecture.transcoder:
+            require(False, f"compare.architectures has {architecture.value}; write per_layer_{architecture.value}")
+            raise AssertionError
+    return replace(cfg, architecture=architecture, reads=reads, writes=["mlp_out"], k=k, **changes)
+
+
 def check(cfg: RunConfig) -> None:
     """Refuses (SettingError) what sizes alone can refuse: no weight is loaded, nothing is written."""
     device(cfg)
+    check_log(cfg.log)
     if cfg.pretrain is not None:
         return  # the target is made by the run
+    shape = target_shape(cfg.target)
+    require(
+        cfg.tokens.seq_len <= shape.n_ctx,
+        f"tokens.seq_len={cfg.tokens.seq_len} is more than the {shape.n_ctx} tokens the target takes in",
+    )
+    groups = [group for each in decompositions(cfg).values() for group in wire(each, shape).groups]
+    if cfg.activations.store is not None:
+        open_store(Path(cfg.activations.store), sorted({site for g in groups for site in (*g.reads, *g.writes)}))
 
 
 def target(cfg: RunConfig) -> Target:
     return load_target(cfg.target, device(cfg))
+
+
+def harvester(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> Harvester:
+    """Rows at `sites` over the training split, from its start."""
+    tokens = open_tokens(cfg.tokens, target.tokenizer, cfg.seed)
+    return Harvester(target, tokens, sites, cfg.activations, seq_len=cfg.tokens.seq_len)
+
+
+def stream(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> RowStream:
+    """Batches of training.batch_tokens shuffled rows at `sites`."""
+    match cfg.activations.kind:
+        case ActivationsKind.live:
+            return live_stream(harvester(cfg, target, sites), cfg.training.batch_tokens, cfg.seed)
+        case ActivationsKind.store:
+            window_rows = cfg.activations.buffer_tokens
+            return StoreStream(
+                store(cfg, target, sites), cfg.training.batch_tokens, cfg.seed, window_rows, target.device
+            )
+
+
+def store(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> Store:
+    """The store of `activations`, refused if it holds rows of another model, text or other sites."""
+    settings = row_settings(cfg.target, cfg.tokens, cfg.activations, target.tokenizer)
+    opened = open_store(Path(str(cfg.activations.store)), sites, settings)
+    opened.check_target(target)
+    return opened
+
+
+def scales(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> dict[Site, float]:
+    """What each site's rows are divided by while training; folded into the weights afterwards."""
+    match cfg.activations.normalisation:
+        case Normalisation.none:
+            return dict.fromkeys(sites, 1.0)
+        case Normalisation.dataset if cfg.activations.kind is ActivationsKind.store:
+            rows = store(cfg, target, sites)
+            return site_scales(rows.statistics, rows.layout)
+        case Normalisation.dataset:
+            rows = harvester(cfg, target, sites)
+            return site_scales(measure(rows, cfg.activations.normalisation_tokens), rows.layout)
+
+
+def trained(cfg: RunConfig, target: Target, out: Path) -> dict[str, SparseDictionary]:
+    """Trains every dictionary of the run on one stream, going on from a checkpoint, and saves them."""
+    configs = {
+        name: each for name, each in decompositions(cfg).items() if each.architecture is not Architecture.neurons
+    }
+    dictionaries = {
+        name: build_dictionary(each, target.shape, cfg.seed, target.device, target.name)
+        for name, each in configs.items()
+    }
+    sites = sorted({site for each in dictionaries.values() for site in (*each.reads, *each.writes)})
+    rows, site_scale = stream(cfg, target, sites), scales(cfg, target, sites)
+    objectives = {
+        name: DictionaryObjective(each, configs[name], rows.layout, site_scale) for name, each in dictionaries.items()
+    }
+    look = None
+    if cfg.training.evaluate_every:
+        quick = replace(cfg.evaluation, patched=[Patched.all], bootstrap=1)
+
+        def look(step: int) -> dict[str, float]:
+            now = {name: [objective.finished()] for name, objective in objectives.items()}
+            return scores(measured(replace(cfg, evaluation=quick), target, now, out.name))
+
+    with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as progress:
+        train(objectives, rows, cfg.training, out, log=progress, evaluate=look, description=cfg.name)
+    finished = {name: objective.finished() for name, objective in objectives.items()}
+    for name, dictionary in finished.items():
+        dictionary.save_pretrained(out / "decompositions" / name)
+    return finished
+
+
+def baselines(cfg: RunConfig, target: Target) -> dict[str, NeuronBaseline]:
+    """What the run compares with and need not train."""
+    return {
+        name: build_neurons(each, target).eval()
+        for name, each in decompositions(cfg).items()
+        if each.architecture is Architecture.neurons
+    }
+
+
+def measured(
+    cfg: RunConfig,
+    target: Target,
+    replacements: Mapping[str, Sequence[Decomposition]],
+    run: str,
+    seeds: Mapping[str, int] | None = None,
+) -> "DataFrame":
+    """Rows for each named replacement, on held-out text; `seeds` are those of training, where they are not the run's."""
+    heldout = heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)
+    writes = sorted({site for parts in replacements.values() for part in parts for site in part.writes})
+    rows = harvester(cfg, target, writes)
+    means = site_means(measure(rows, cfg.evaluation.mean_seqs * cfg.tokens.seq_len // 2), rows.layout)
+    found = evaluate_all(target, replacements, heldout, kept(heldout, cfg.activations), means, cfg.evaluation, cfg.seed)
+    contexts = {
+        name: context(cfg, target, parts, run, name, (seeds or {}).get(name, cfg.seed))
+        for name, parts in replacements.items()
+    }
+    return join([table(contexts[name], measurements) for name, measurements in found.items()])
+
+
+def context(cfg: RunConfig, target: Target, parts: Sequence[Decomposition], run: str, name: str, seed: int) -> Context:
+    """What stands beside every measurement of a replacement."""
+    match parts[0]:
+        case SparseDictionary(spec=spec):
+            architecture, activation, k = spec.architecture, spec.activation.kind.value, spec.activation.k
+        case NeuronBaseline(k=k):
+            architecture, activation = Architecture.neurons.value, Activation.topk.value
+        case other:
+            raise AssertionError(f"rows cannot name a {type(other).__name__}")
+    return Context(
+        experiment=cfg.name,
+        run=run,
+        name=name,
+        target=target.name,
+        tokens=cfg.tokens.path or cfg.tokens.kind.value,
+        split="heldout",
+        architecture=architecture,
+        layers=",".join(str(site.layer) for part in parts for site in part.writes),
+        n_features=parts[0].costs[0].n_components,
+        activation=activation,
+        k=sum(k) / len(k) if k else math.nan,
+        seed=seed,
+    )
+
+
+def scores(rows: "DataFrame") -> dict[str, float]:
+    """The few numbers by which runs are compared at a glance, everything replaced: scores.json."""
+    whole = rows[(rows.site == "all") & rows.metric.isin(["ce_increase", "fvu"])]
+    return {
+        f"{row.name_}/{row.metric}_{row.inputs}": row.value
+        for row in whole.rename(columns={"name": "name_"}).itertuples()
+    }
+
+
+def reported(rows: "DataFrame", out: Path) -> dict[str, float]:
+    """Writes the rows, draws the Pareto figure, prints the table, and returns the scores."""
+    from nndecomp.report import figures, style, tables  # late: matplotlib and pandas are slow to import
+
+    write_rows(rows, out / "rows.parquet")
+    style.save(figures.pareto(rows), out / "figures", "pareto")
+    print(tables.terminal(tables.summary(rows)), *tables.notices(rows), f"-> {out}", sep="\n")
+    return scores(rows)

@@ -12,7 +12,6 @@ checkpoint when it is started in the same directory (`hydra.run.dir=...`, for a 
 
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from nndecomp import checkpoint
 from nndecomp.config.compose import differences, dump, load, resolve
 from nndecomp.config.jobs import command_line
 from nndecomp.config.registry import CONF, REPO, register
@@ -81,19 +81,20 @@ def check(jobs: list[RunConfig]) -> None:
 
 def run(cfg: RunConfig, out: Path, main: Main) -> dict[str, float]:
     """One job: the run directory, the process's own state, the experiment, and its scores last."""
-    from nndecomp import build, checkpoint  # late: torch takes seconds
+    from nndecomp import build  # late: torch takes seconds
 
     if (out / "config.yaml").exists():
         same_settings(cfg, out)
-    if (out / "scores.json").exists():
+    if checkpoint.finished(out):
         log.info("finished before, skipped: %s", out)
-        return checkpoint.read_json(out / "scores.json")
+        return checkpoint.scores(out)
     if "SLURM_JOB_ID" in os.environ and not cfg.allow_dirty:
         unchanged_since_submission()
     checkpoint.write_text(out / "config.yaml", dump(cfg))
+    checkpoint.write_provenance(out)
     build.process(cfg)
     scores = main(cfg, out)
-    checkpoint.write_json(out / "scores.json", scores)
+    checkpoint.write_scores(out, scores)
     log.info("finished: %s", out)
     return scores
 
@@ -110,20 +111,19 @@ def same_settings(cfg: RunConfig, out: Path) -> None:
     )
 
 
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=REPO, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def committed() -> str:
     """The commit that runs, which must be all of it: jobs on SLURM read code and conf/ only when they start."""
-    changed = git("status", "--porcelain").splitlines()
+    status, commit = checkpoint.git("status", "--porcelain"), checkpoint.git("rev-parse", "HEAD")
+    if status is None or commit is None:
+        raise SettingError(f"allow_dirty=false, but {REPO} is not a git tree; write allow_dirty=true")
+    changed = status.splitlines()
     require(
         not changed,
         f"allow_dirty=false, but {len(changed)} files differ from the commit ({', '.join(line[3:] for line in changed[:3])}"
         f"{', ...' if len(changed) > 3 else ''}) and jobs on SLURM read them only when they start; commit them, submit "
         "from a clean git worktree, or write allow_dirty=true",
     )
-    return git("rev-parse", "HEAD")
+    return commit
 
 
 def unchanged_since_submission() -> None:

@@ -1,0 +1,24 @@
+"""exp_001: how well do per-layer transcoders replace the MLPs of a 4-layer model of the Pile, at k = 21, 8, 13, 27?
+
+    python experiments/exp_001_train_transcoder_pile/run.py
+    python experiments/exp_001_train_transcoder_pile/run.py +scale=tiny   # the model that ships: minutes on a CPU
+"""
+
+from pathlib import Path
+
+from nndecomp.config.schema import RunConfig
+from nndecomp.run import experiment
+
+
+@experiment("exp_001_train_transcoder_pile")
+def main(cfg: RunConfig, out: Path) -> dict[str, float]:
+    from nndecomp import build  # late: loads torch, which --help does without
+
+    target = build.target(cfg)
+    dictionaries = build.trained(cfg, target, out)
+    rows = build.measured(cfg, target, {name: [each] for name, each in dictionaries.items()}, out.name)
+    return build.reported(rows, out)
+
+
+if __name__ == "__main__":
+    main()
