@@ -27,9 +27,9 @@ class TokenBatch:
         """Rows of at most `seq_len` ids, right-padded with `pad`."""
         tokens = torch.tensor([row.ids + [pad] * (seq_len - len(row.ids)) for row in rows], dtype=torch.int64)
         position = torch.arange(seq_len)
-        mask = position < torch.tensor([len(row.ids) for row in rows])[:, None]
-        is_bos = (position == 0) & torch.tensor([row.bos for row in rows])[:, None]
-        return TokenBatch(tokens, mask, is_bos)
+        mask = position < torch.tensor([len(row.ids) for row in rows], dtype=torch.int64)[:, None]
+        is_bos = (position == 0) & torch.tensor([row.bos for row in rows], dtype=torch.bool)[:, None]
+        return TokenBatch(tokens.reshape(len(rows), seq_len), mask, is_bos)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -67,28 +67,46 @@ def stdlib_documents(root: Path | None = None) -> list[Document]:
 
 
 @dataclass(frozen=True)
-class Table:
-    """One column of a data set on disk, memory-mapped."""
+class Column:
+    """One column of a data set, its cells documents."""
 
-    rows: Any  # datasets.Dataset with the column alone
-    column: str
+    path: str  # of the data set, for the message
+    name: str
+    tokenised: bool
+
+    def document(self, row: dict[str, Any]) -> Document:
+        cell = row[self.name]
+        require(
+            isinstance(cell, list if self.tokenised else str),
+            f"tokens.{'tokens' if self.tokenised else 'text'}_column={self.name} of {self.path} holds "
+            f"{type(cell).__name__}, not {'token ids' if self.tokenised else 'text'}; name another column",
+        )
+        return Document.of(cell)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A column on disk, memory-mapped."""
+
+    rows: Any  # datasets.Dataset
+    column: Column
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Document:
-        return Document.of(self.rows[index][self.column])
+        return self.column.document(self.rows[index])
 
 
-def column_of(cfg: TokensConfig, names: Sequence[str]) -> str:
+def column_of(cfg: TokensConfig, names: Sequence[str]) -> Column:
     """The column to read, if it is there."""
     setting = "text_column" if cfg.tokens_column is None else "tokens_column"
-    column = getattr(cfg, setting)
+    name = getattr(cfg, setting)
     require(
-        column in names,
-        f"tokens.{setting}={column} is not a column of {cfg.path}, which has {', '.join(sorted(names))}",
+        name in names,
+        f"tokens.{setting}={name} is not a column of {cfg.path}, which has {', '.join(sorted(names))}",
     )
-    return column
+    return Column(str(cfg.path), name, cfg.tokens_column is not None)
 
 
 def files_documents(cfg: TokensConfig) -> Table:
@@ -120,4 +138,4 @@ def files_documents(cfg: TokensConfig) -> Table:
 
 def table_of(cfg: TokensConfig, rows: Any) -> Table:
     column = column_of(cfg, rows.column_names)
-    return Table(rows.select_columns([column]), column)
+    return Table(rows.select_columns([column.name]), column)

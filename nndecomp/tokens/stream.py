@@ -11,6 +11,7 @@ from nndecomp.config.schema import TokensConfig, TokensKind, require
 from nndecomp.tokens.batch import Row, TokenBatch
 from nndecomp.tokens.documents import Document, files_documents, stdlib_documents
 from nndecomp.tokens.encoding import Encoding
+from nndecomp.tokens.hub import hub_reader
 from nndecomp.tokens.readers import IndexedReader, Reader
 
 # Rows are dealt from this many documents in turn, so that a batch holds many documents, not many pieces of one.
@@ -31,19 +32,18 @@ class TokenStream:
         n_lanes = min(N_LANES, encoding.cfg.shuffle_documents, reader.n_documents or N_LANES)
         self.lanes: list[deque[int]] = [deque() for _ in range(n_lanes)]
         self.turn = 0
-        self._refill(reader.state_dict())
+        self._read_ahead()
 
-    def _refill(self, state: dict[str, Any]) -> None:
-        """Tokenise the documents that follow `state`; they are read again when a saved position is restored."""
-        self.reader.load_state_dict(state)
-        self.ahead_from = state
+    def _read_ahead(self) -> None:
+        """Tokenise the next documents; they are read again when a position among them is restored."""
+        self.ahead_from = self.reader.state_dict()
         self.ahead = self.encoding.ids([self.reader.next() for _ in range(N_AHEAD)])
         self.n_used = 0
 
     def _documents(self) -> Iterator[list[int]]:
         while True:
             if self.n_used == N_AHEAD:
-                self._refill(self.reader.state_dict())
+                self._read_ahead()
             self.n_used += 1
             yield self.ahead[self.n_used - 1]
 
@@ -70,22 +70,27 @@ class TokenStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         assert len(state["lanes"]) == len(self.lanes), f"{len(state['lanes'])} lanes saved, {len(self.lanes)} here"
-        self._refill(state["reader"])
+        self.reader.load_state_dict(state["reader"])
+        self._read_ahead()
         self.n_used, self.turn = state["n_used"], state["turn"]
         self.lanes = [deque(lane) for lane in state["lanes"]]
 
 
 def open_reader(cfg: TokensConfig, *, heldout: bool, seed: int, rank: int = 0, world_size: int = 1) -> Reader:
     """The documents of the training split or of the held-out one."""
-
-    def side(document: Document) -> bool:
-        return document.heldout(cfg.heldout_fraction) == heldout
-
     require(
         cfg.heldout_split is None or cfg.kind is TokensKind.hub,
         f"tokens.heldout_split={cfg.heldout_split} needs tokens.kind=hub; "
         f"{cfg.kind.value} holds out tokens.heldout_fraction of the documents",
     )
+    require(
+        cfg.heldout_split != cfg.split,
+        f"tokens.heldout_split={cfg.heldout_split} is the training split; name another, or null to hold out by hash",
+    )
+
+    def side(document: Document) -> bool:
+        return cfg.heldout_split is not None or document.heldout(cfg.heldout_fraction) == heldout
+
     name = f"the {'held-out' if heldout else 'training'} split of {cfg.path or cfg.kind.value}"
     match cfg.kind:
         case TokensKind.stdlib:
@@ -93,8 +98,10 @@ def open_reader(cfg: TokensConfig, *, heldout: bool, seed: int, rank: int = 0, w
         case TokensKind.files:
             documents = files_documents(cfg)
         case TokensKind.hub:
-            raise NotImplementedError
-    shuffle = cfg.shuffle_documents > 1
+            split = cfg.heldout_split if heldout and cfg.heldout_split is not None else cfg.split
+            window = 1 if heldout else cfg.shuffle_documents
+            return hub_reader(cfg, side, name, split, window=window, seed=seed, rank=rank, world_size=world_size)
+    shuffle = heldout or cfg.shuffle_documents > 1
     return IndexedReader(documents, side, name, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
 
 
