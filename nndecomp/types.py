@@ -104,11 +104,11 @@ class Site:
             )
         if (site := _SITE.fullmatch(name)) and site[2] in Point.__members__:
             head = None if site[3] is None else int(site[3])
-            if head is None or site[2] == "z":
+            if (head is None or site[2] == "z") and (site[2] != "embed" or int(site[1]) == 0):
                 return Site(int(site[1]), Point[site[2]], head)
         raise SettingError(
             f"site {name!r} is not a site; write L<layer>.<point> with a point of "
-            f"{', '.join(Point.__members__)}, L<layer>.z.h<head>, or blocks.<layer>.<hook name>"
+            f"{', '.join(Point.__members__)}, L<layer>.z.h<head>, embed, or blocks.<layer>.<hook name>"
         )
 
 
