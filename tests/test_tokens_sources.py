@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from test_tokens import BOS, N_DOCUMENTS, TEXTS, documents_of, word_tokenizer
+from test_tokens import BOS, N_DOCUMENTS, TEXTS, word_tokenizer
 
 from nndecomp.config.schema import Packing, TokensConfig, TokensKind
 from nndecomp.errors import SettingError
