@@ -32,6 +32,7 @@ class NeuronBaseline(Decomposition):
         d_model, d_mlp = target.shape.d_model, target.shape.d_mlp
         assert len(layers) == len(k), f"{len(k)} values of k for {len(layers)} layers"
         assert all(0 < each <= d_mlp for each in k), f"k={list(k)} of {d_mlp} neurons"
+        self.eval()  # there is nothing to train
         self.layers, self.k = tuple(layers), tuple(k)
         self._mlp_out_of = target.mlp_out_of
         self.reads = tuple(Site(layer, Point.mlp_hidden) for layer in layers)
