@@ -20,14 +20,16 @@ say() { echo "setup_env: $*" >&2; }
 die() { say "$*"; exit 1; }
 version_of() { "$@" -SEc 'import sys; print(".".join(map(str, sys.version_info[:3])))' 2>/dev/null; }
 
-# Line 1 of the stamp; line 2 is the build of torch. The path is in it because an editable install and the
-# scripts in .venv/bin hold it: a copied or moved checkout needs an environment of its own.
-state() { echo "$repo $(cat "$repo/pyproject.toml" "$repo/constraints.txt" | cksum) $(version_of "$venv/bin/python")"; }
+case $torch_build in auto | cpu | cuda) ;; *) die "TORCH_BUILD=$torch_build is not one of auto, cpu, cuda" ;; esac
+
+# The stamp is three lines: where the environment was made (scripts in .venv/bin hold the path, so a moved or copied
+# checkout needs its own), what it was made from, and for which build of torch.
+state() { echo "$(cat "$repo/pyproject.toml" "$repo/constraints.txt" | cksum) $(version_of "$venv/bin/python")"; }
 
 current() {
-  local line build
-  { read -r line && read -r build; } 2>/dev/null <"$stamp" || return 1
-  [ "$line" = "$(state)" ] || return 1
+  local place from build
+  { read -r place && read -r from && read -r build; } 2>/dev/null <"$stamp" || return 1
+  [ "$place" = "$repo" ] && [ "$from" = "$(state)" ] || return 1
   [ "$torch_build" = auto ] || [ "$torch_build" = "$build" ] || return 1
   [ -z "${PYTHON:-}" ] || [ "$(version_of "$PYTHON")" = "$(version_of "$venv/bin/python")" ]
 }
@@ -108,14 +110,13 @@ choose_torch() { # sets torch: requirements and options that make uv pick the wa
       torch=("$pin" --torch-backend=auto) && nvidia-smi -L >/dev/null 2>&1 && fits "${torch[@]}" && return
       torch=("$pin,!=${pin#torch==}+cpu")
       ;;
-    *) die "TORCH_BUILD=$TORCH_BUILD is not one of auto, cpu, cuda" ;;
   esac
 }
 
 install() {
   local action=updating
   find_python
-  if [ ! -e "$stamp" ] || [ "$(version_of "$venv/bin/python")" != "$(version_of "$python")" ]; then
+  if [ "$(head -n 1 "$stamp" 2>/dev/null)" != "$repo" ] || [ "$(version_of "$venv/bin/python")" != "$(version_of "$python")" ]; then
     action=making
     rm -rf "$venv"
   fi
@@ -128,7 +129,7 @@ install() {
   # Compiled once, here: otherwise every process does it again where PYTHONDONTWRITEBYTECODE is set.
   "$uv" pip install --python "$venv/bin/python" "${sources[@]}" --compile-bytecode \
     -c "$repo/constraints.txt" -e "$repo[dev]" "${torch[@]}" || die "installing failed; run it again to start over"
-  { state && echo "$build"; } >"$stamp.new"
+  printf '%s\n' "$repo" "$(state)" "$build" >"$stamp.new"
   mv "$stamp.new" "$stamp"
   say "ready after $SECONDS s"
 }
