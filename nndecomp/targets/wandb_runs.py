@@ -11,8 +11,9 @@ from pathlib import Path
 from nndecomp.errors import SettingError
 
 PREFIX = "wandb:"
-_RUN = re.compile(r"wandb:([\w.-]+)/([\w.-]+)/(?:runs/)?([\w.-]+)")
-_SMALL = ("model_config.yaml", "final_config.yaml", "tokenizer.json")
+_RUN = re.compile(r"wandb:(\w[\w.-]*)/(\w[\w.-]*)/(?:runs/)?(\w[\w.-]*)")
+# In the order in which they are fetched: where model_config.yaml is, the others are too.
+_SMALL = ("final_config.yaml", "tokenizer.json", "model_config.yaml")
 _WEIGHTS = re.compile(r"model_step_(\d+)\.pt")
 
 
@@ -33,12 +34,14 @@ def fetch(path: str, weights: bool) -> Path:
         return directory
 
     import wandb
-    from wandb.errors import CommError
+    from wandb.apis.public.runs import RunNotFoundError
+    from wandb.errors import CommError, UsageError
 
     try:
         files = {file.name: file for file in wandb.Api(timeout=60).run("/".join(directory.parts[-3:])).files()}
-    except (CommError, ValueError) as refused:
-        raise SettingError(f"target.path={path}: Weights & Biases has no such run for this account") from refused
+    except (RunNotFoundError, CommError, UsageError) as refused:
+        reason = str(refused).splitlines()[0]
+        raise SettingError(f"target.path={path}: Weights & Biases does not give this run ({reason})") from refused
     steps = {int(match[1]): name for name in files if (match := _WEIGHTS.fullmatch(name))}
     if "model_config.yaml" not in files or not steps:
         raise SettingError(
@@ -48,6 +51,6 @@ def fetch(path: str, weights: bool) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for name in wanted:
         with tempfile.TemporaryDirectory(dir=directory) as unfinished:  # a file is whole or it is not there
-            files[name].download(root=unfinished)
+            files[name].download(root=unfinished).close()
             os.replace(Path(unfinished) / name, directory / name)
     return directory
