@@ -1,21 +1,32 @@
 """The evaluation with real models and real dictionaries: perfect ones by construction, and random ones against loops."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from evaluation_parts import text
 from torch import Tensor
 
-from nndecomp.config.schema import Activation, EvaluationConfig, Inputs, Patched
+from nndecomp.config.schema import (
+    Activation,
+    Architecture,
+    DecompositionConfig,
+    EvaluationConfig,
+    Inputs,
+    Patched,
+    Reconstruction,
+    Scope,
+)
 from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.neurons import NeuronBaseline
+from nndecomp.decompositions.objective import DictionaryObjective
 from nndecomp.decompositions.spec import ActivationSpec, DictionarySpec, GroupSpec
 from nndecomp.evaluation import Measurement, evaluate, evaluate_all
 from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig
 from nndecomp.targets.llama_simple_mlp_target import LlamaSimpleMLPTarget
-from nndecomp.types import Point, Site
+from nndecomp.types import Layout, Point, Site
 
 D, D_MLP, N_LAYERS = 8, 16, 3
 INS = tuple(Site(layer, Point.mlp_in) for layer in range(N_LAYERS))
@@ -161,13 +172,46 @@ def test_saes_read_and_write_one_site_live(target):
 
 
 def test_selection_over_all_groups_cannot_run_live_and_says_so(target):
-    from nndecomp.config.schema import Scope
-
     groups = [GroupSpec(f"L{i}", (INS[i],), (OUTS[i],), 12) for i in range(N_LAYERS)]
     together = dictionary(groups, ActivationSpec(Activation.topk, Scope.all, (2,) * N_LAYERS))
     rows = measure(target, randomly_filled(together))
     assert [row.metric for row in rows if row.inputs == "live"] == ["live_obstacle"]
     assert value(rows, "active_per_module", "clean", "none") <= 2
+
+
+def test_batchtopk_is_measured_the_same_in_batches_of_any_size_and_not_without_a_threshold(target):
+    groups = [GroupSpec(f"L{i}", (INS[i],), (OUTS[i],), 12) for i in range(N_LAYERS)]
+    whole = randomly_filled(dictionary(groups, ActivationSpec(Activation.batchtopk, k=(2,) * N_LAYERS)))
+    with pytest.raises(ValueError, match="no inference threshold"):
+        measure(target, whole)
+    whole.activation.threshold.fill_(0.5)
+    one_by_one = measure(target, whole, cfg=replace(CFG, batch_seqs=1))
+    for a, b in zip(measure(target, whole), one_by_one, strict=True):
+        assert a.metric == b.metric and a.value == pytest.approx(b.value, rel=1e-5, abs=1e-6)
+
+
+def test_training_and_evaluation_agree_on_the_reconstruction_of_the_same_rows(target):
+    groups = [GroupSpec(f"L{i}", (INS[i],), OUTS[i:], 12) for i in range(N_LAYERS)]
+    whole = randomly_filled(dictionary(groups, ActivationSpec(Activation.topk, k=(2,) * N_LAYERS)))
+    settings = DecompositionConfig(
+        architecture=Architecture.cross_layer_transcoder, reads=["mlp_in"], writes=["mlp_out"], n_features=12,
+        activation=Activation.topk, k=2, reconstruction=Reconstruction.mean_of_squares, aux_coefficient=0.0,
+    )  # fmt: skip
+    layout = Layout.of(dict.fromkeys((*INS, *OUTS), D))
+    scales = {site: 0.5 + i for i, site in enumerate(layout.sites)}
+    objective = DictionaryObjective(whole, settings, layout, scales).eval()
+    heldout, keep = text()
+    recorded = target.record(heldout.tokens, layout.sites)
+    loss, metrics = objective.loss(torch.cat([recorded[site][keep] for site in layout.sites], dim=1), progress=1.0)
+    rows = measure(target, objective.finished())
+    in_scale = [value(rows, "mse", "clean", "none", str(site)) / scales[site] ** 2 for site in OUTS]
+    assert loss.item() == pytest.approx(sum(in_scale) / N_LAYERS, rel=1e-4)
+
+
+def test_groups_of_the_same_name_are_told_apart(target):
+    parts = [dictionary([GroupSpec("same", (INS[i],), (OUTS[i],), 12)], RELU) for i in range(2)]
+    rows = measure(target, *parts)
+    assert {row.site for row in rows if row.metric == "l0"} == {"same#0", "same#1"}
 
 
 def test_several_methods_measured_together_share_their_references(target):

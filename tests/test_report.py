@@ -12,7 +12,7 @@ from nndecomp.errors import SettingError
 from nndecomp.evaluation.rows import Context, Measurement, join, table, write_rows
 from nndecomp.report import figures, style
 from nndecomp.report.collect import collect, find_runs
-from nndecomp.report.tables import markdown, notices, summary, terminal, wide
+from nndecomp.report.tables import csv, markdown, notices, summary, terminal, wide
 
 
 def made_up(
@@ -88,6 +88,14 @@ def test_terminal_and_markdown_are_rectangular():
     printed = terminal(lines).splitlines()
     assert len({len(line) for line in printed[-3:]}) == 1 and max(map(len, printed)) < 140
     assert {line.count("|") for line in markdown(lines).splitlines()} == {len(lines.columns) + 1}
+
+
+def test_csv_keeps_the_raw_numbers():
+    import io
+
+    lines = wide(made_up(increase=1 / 3))
+    back = pandas.read_csv(io.StringIO(csv(lines)))
+    assert back.ce_increase.tolist() == lines.ce_increase.tolist()
 
 
 def grid() -> pandas.DataFrame:

@@ -3,7 +3,10 @@
 One clean pass a batch serves all; zero- and mean-ablation are shared by all that write the same sites.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -11,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nndecomp.config.schema import EvaluationConfig, Inputs, Patched
-from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.base import Decomposition, GroupCost
 from nndecomp.evaluation.bootstrap import Ratio, estimate, resamples
 from nndecomp.evaluation.costs import axes
 from nndecomp.evaluation.patching import (
@@ -46,7 +49,7 @@ class _Replacement:
         self.decompositions = tuple(decompositions)
         self.writes = tuple(sorted(site for each in decompositions for site in each.writes))
         self.reads = tuple(sorted({site for each in decompositions for site in each.reads}))
-        self.costs = tuple(cost for each in decompositions for cost in each.costs)
+        self.costs = _costs(self.decompositions)
         _check(self.decompositions, self.writes, means)
         self.sets = patch_sets(self.writes, cfg.patched)
         obstacles = [reason for each in decompositions if (reason := each.live_obstacle()) is not None]
@@ -87,6 +90,16 @@ class _Replacement:
             predictions(target, batch, clean, replacements, self.predicted[Inputs.live, sites])
             if whole:
                 self.activity[Inputs.live].add(batch, [run.active() for run in runs])
+
+
+def _costs(decompositions: Sequence[Decomposition]) -> tuple[GroupCost, ...]:
+    """Groups of all decompositions side by side. A name that occurs twice says which decomposition it belongs to."""
+    times = Counter(cost.name for each in decompositions for cost in each.costs)
+    return tuple(
+        replace(cost, name=f"{cost.name}#{i}") if times[cost.name] > 1 else cost
+        for i, each in enumerate(decompositions)
+        for cost in each.costs
+    )
 
 
 def _check(
@@ -213,33 +226,24 @@ def _prediction_rows(
 def _reconstruction_rows(
     m: _Replacement, n_tokens: int, drawn: Float[Tensor, "resample seq"], confidence: float
 ) -> Iterator[Measurement]:
-    units = {"mse": "squared activation", "fvu": "share", "cosine": "cosine", "fvu_mean_over_sites": "share"}
+    units = {"mse": "squared activation", "fvu": "share", "cosine": "cosine"}
     for inputs in m.inputs:
+        activity, means = m.activity[inputs], site_means(m.errors[inputs])
         # Live sums come from the run with everything replaced, clean sums from the undisturbed run.
         patched = Patched.all.value if inputs is Inputs.live else "none"
-
-        def row(
-            metric: str, site: str, mean: Ratio, unit: str, constant: float = 0.0, patched=patched, inputs=inputs.value
-        ) -> Measurement:
-            e = estimate(mean, drawn, confidence)
-            return Measurement(
-                metric, e.value + constant, unit, site, patched, inputs, n_tokens, e.low + constant, e.high + constant
-            )
-
-        means = site_means(m.errors[inputs])
+        row = partial(Measurement, patched=patched, inputs=inputs.value, n_tokens=n_tokens)
         for (metric, site), mean in means.items():
-            yield row(metric, site, mean, units[metric])
+            e = estimate(mean, drawn, confidence)
+            yield row(metric, e.value, units[metric], site, low=e.low, high=e.high)
         fvus = [estimate(means["fvu", str(site)], drawn[:0], confidence).value for site in m.writes]
-        activity = m.activity[inputs]
-        exact = {"fvu_mean_over_sites": (sum(fvus) / len(fvus), "share", "all")}
+        yield row("fvu_mean_over_sites", sum(fvus) / len(fvus), "share", "all")
         for group, density in activity.densities().items():
-            summary = density_summary(density)
-            exact |= {f"{metric}/{group}": (value, "share", group) for metric, value in summary.items()}
-        for key, (value, unit, site) in exact.items():
-            metric = key.split("/")[0]
-            yield Measurement(metric, value, unit, site, patched, inputs.value, n_tokens)
+            for metric, share in density_summary(density).items():
+                yield row(metric, share, "share", group)
         for group, mean in activity.l0().items():
-            yield row("l0", group, mean, "components/token")
+            e = estimate(mean, drawn, confidence)
+            yield row("l0", e.value, "components/token", group, low=e.low, high=e.high)
         for axis in axes(m.costs, len(m.writes)):
-            mean = Ratio(activity.counts @ axis.weights, activity.n)
-            yield row(axis.name, "all", mean, axis.unit, axis.constant)
+            e = estimate(Ratio(activity.counts @ axis.weights, activity.n), drawn, confidence)
+            low, high = e.low + axis.constant, e.high + axis.constant
+            yield row(axis.name, e.value + axis.constant, axis.unit, "all", low=low, high=high)

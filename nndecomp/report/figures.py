@@ -66,7 +66,7 @@ def _title(points: pandas.DataFrame) -> str:
     layers = points["layers"].iloc[0].split(",")
     what = f"layer {layers[0]}" if len(layers) == 1 else f"all {len(layers)} layers"
     where = f"{points['target'].iloc[0]}, {what} replaced"
-    return f"{where} (target: {points['ce_clean'].mean():.3f} nats)" if "ce_clean" in points else where
+    return f"{where} (target CE {points['ce_clean'].mean():.3f} nats)" if "ce_clean" in points else where
 
 
 def _variants(points: pandas.DataFrame, architecture: str) -> list[tuple[str, int]]:

@@ -1,5 +1,6 @@
 """How figures look: one colour a method everywhere, told apart also by colour-blind readers and in grey print."""
 
+import logging
 from pathlib import Path
 
 import matplotlib
@@ -61,6 +62,7 @@ def colour(architecture: str, all_architectures: list[str]) -> str:
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """As pdf and svg for papers, png for looking at."""
     directory.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells every glyph it embeds
     paths = [directory / f"{name}.{kind}" for kind in ("pdf", "svg", "png")]
     with matplotlib.rc_context(RC):
         for path in paths:

@@ -117,3 +117,8 @@ def markdown(table: pandas.DataFrame) -> str:
     """A GitHub table."""
     lines = [list(table.columns), [":--", *["--:"] * (len(table.columns) - 1)], *table.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def csv(table: pandas.DataFrame) -> str:
+    """For a spreadsheet: of `wide`, raw numbers; of `summary`, what a reader sees."""
+    return table.to_csv(index=False)
