@@ -19,8 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-# Row-wise selection looks at maxima of blocks of this many features before it looks at features.
-_BLOCK = 16
 # Batch-wise selection estimates its threshold from every 17th entry: a prime, so that all features are sampled.
 _STRIDE = 17
 
@@ -57,6 +55,15 @@ class Support:
         return Support(indices, torch.searchsorted(tokens, bounds), n_features)
 
 
+def _blocks(n_features: int, k: int) -> int:
+    """Blocks of which the k best are searched: a divisor of n_features near sqrt(n_features * k), where both levels of
+    selection cost the same; n_features itself where two levels save nothing."""
+    size = 1
+    while n_features % (2 * size) == 0 and 2 * size * k <= n_features // max(size, 2):
+        size *= 2
+    return n_features // size
+
+
 def topk_support(pre: Float[Tensor, "token feature"], k: int) -> Support:
     """The k largest of every row; exactly k slots a token, also where fewer are positive.
 
@@ -64,12 +71,13 @@ def topk_support(pre: Float[Tensor, "token feature"], k: int) -> Support:
     """
     n_tokens, n_features = pre.shape
     assert 0 < k <= n_features, f"k={k} of {n_features} features"
-    if n_features % _BLOCK == 0 and n_features >= 4 * k * _BLOCK:
-        blocks = pre.view(n_tokens, -1, _BLOCK)
-        best = blocks.amax(-1).topk(k, sorted=False).indices
-        candidates = blocks.gather(1, best[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
+    n_blocks = _blocks(n_features, k)
+    if n_blocks < n_features:
+        blocks = pre.view(n_tokens, -1, n_blocks)  # feature f is in block f mod n_blocks: maxima of whole vectors
+        best = blocks.amax(1).topk(k, sorted=False).indices
+        candidates = blocks.gather(2, best[:, None, :].expand(-1, blocks.shape[1], -1)).flatten(1)
         within = candidates.topk(k, sorted=False).indices
-        indices = best.gather(1, within // _BLOCK) * _BLOCK + within % _BLOCK
+        indices = within // k * n_blocks + best.gather(1, within % k)
     else:
         indices = pre.topk(k, sorted=False).indices
     offsets = torch.arange(n_tokens + 1, device=pre.device) * k

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +24,9 @@ from nndecomp.errors import SettingError
 FORMAT = "nndecomp.SparseDictionary"
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+
+Loaded = TypeVar("Loaded", bound="Pretrained")
 
 
 class Pretrained(nn.Module):
@@ -62,8 +65,8 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, device: torch.device | str = "cpu", revision: str | None = None
-    ) -> Self:
+        cls: type[Loaded], source: str | Path, device: torch.device | str = "cpu", revision: str | None = None
+    ) -> Loaded:
         """In eval mode, from a local directory or a Hub id; `revision` is a branch, tag or commit of the latter.
 
         Raises SettingError if the source is not a dictionary of this format and version, or its weights do not fit

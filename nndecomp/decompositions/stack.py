@@ -34,7 +34,7 @@ def stack(dictionaries: Sequence[SparseDictionary], architecture: str) -> Sparse
             groups=groups,
             activation=replace(specs[0].activation, k=tuple(chain(*(spec.activation.k for spec in specs)))),
         )
-    )
+    ).to(dictionaries[0].b_dec)
     banks = chain(*(dictionary.banks for dictionary in dictionaries))
     for own, bank in zip(stacked.banks, banks, strict=True):
         own.load_state_dict(bank.state_dict())
@@ -51,7 +51,7 @@ def stack(dictionaries: Sequence[SparseDictionary], architecture: str) -> Sparse
                 own.copy_(theta)
         case _:
             pass
-    return stacked.to(dictionaries[0].b_dec.device).eval()
+    return stacked.eval()
 
 
 def _check(specs: Sequence[DictionarySpec]) -> None:
