@@ -16,8 +16,9 @@ import torch
 from nndecomp.activations.harvest import Harvester, kept
 from nndecomp.activations.manifest import row_settings
 from nndecomp.activations.statistics import measure, site_means, site_scales
-from nndecomp.activations.store import Store, open_store
+from nndecomp.activations.store import Store, open_store, verify
 from nndecomp.activations.stream import RowStream, StoreStream, live_stream
+from nndecomp.config.compose import load
 from nndecomp.config.schema import (
     Activation,
     ActivationsKind,
@@ -80,10 +81,10 @@ def decompositions(cfg: RunConfig) -> dict[str, DecompositionConfig]:
 
 
 def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int) -> DecompositionConfig:
-    """The same settings with another wiring, at the sites where it takes the place of the MLPs."""
+    """The same settings with another wiring, where it takes the place of the MLPs, as its file in conf/ has it."""
     match architecture:
         case Architecture.per_layer_sae:
-            reads, changes = ["mlp_out"], {"skip": False}
+            reads, changes = ["mlp_out"], {"skip": False, "centre_input": True, "unit_norm_decoder": True}
         case Architecture.per_layer_transcoder | Architecture.cross_layer_transcoder:
             reads, changes = ["mlp_in"], {}
         case Architecture.neurons:
@@ -106,9 +107,26 @@ def check(cfg: RunConfig) -> None:
         cfg.tokens.seq_len <= shape.n_ctx,
         f"tokens.seq_len={cfg.tokens.seq_len} is more than the {shape.n_ctx} tokens the target takes in",
     )
+    if cfg.runs:
+        check_runs(cfg)
     groups = [group for each in decompositions(cfg).values() for group in wire(each, shape).groups]
     if cfg.activations.store is not None:
         open_store(Path(cfg.activations.store), sorted({site for g in groups for site in (*g.reads, *g.writes)}))
+
+
+def check_runs(cfg: RunConfig) -> list[Path]:
+    """The finished runs at or below `runs`, which all must be of the run's own target."""
+    from nndecomp.report.collect import find_runs  # late: loads pandas
+
+    runs = find_runs([Path(run) for run in cfg.runs])
+    for run in runs:
+        theirs = load(run / "config.yaml").target
+        require(
+            theirs == cfg.target,
+            f"runs: {run} is of target.path={theirs.path} (revision {theirs.revision}, {theirs.dtype.value}), "
+            f"but this run has target.path={cfg.target.path} (revision {cfg.target.revision}, {cfg.target.dtype.value})",
+        )
+    return runs
 
 
 def target(cfg: RunConfig) -> Target:
@@ -138,6 +156,8 @@ def store(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> Store:
     settings = row_settings(cfg.target, cfg.tokens, cfg.activations, target.tokenizer)
     opened = open_store(Path(str(cfg.activations.store)), sites, settings)
     opened.check_target(target)
+    if cfg.activations.verify:
+        verify(opened)
     return opened
 
 
@@ -159,6 +179,7 @@ def trained(cfg: RunConfig, target: Target, out: Path) -> dict[str, SparseDictio
     configs = {
         name: each for name, each in decompositions(cfg).items() if each.architecture is not Architecture.neurons
     }
+    require(bool(configs), "decomposition.architecture=neurons is a baseline that is never trained; write another one")
     dictionaries = {
         name: build_dictionary(each, target.shape, cfg.seed, target.device, target.name)
         for name, each in configs.items()

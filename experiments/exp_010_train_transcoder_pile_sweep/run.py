@@ -1,8 +1,8 @@
 """exp_010: what does each layer's transcoder cost at k = 8, 16, 32, 64? One job a layer and k; exp_011 combines them.
 
-    python experiments/exp_010_train_transcoder_pile_sweep/run.py hydra/launcher=slurm
-    python experiments/exp_010_train_transcoder_pile_sweep/run.py '+sweep=[layer,k,seed]' decomposition.k=8,64
-    python experiments/exp_010_train_transcoder_pile_sweep/run.py +scale=tiny   # the model that ships
+python experiments/exp_010_train_transcoder_pile_sweep/run.py hydra/launcher=slurm
+python experiments/exp_010_train_transcoder_pile_sweep/run.py +sweep=seed decomposition.k=8,64
+python experiments/exp_010_train_transcoder_pile_sweep/run.py +scale=tiny   # the model that ships
 """
 
 from pathlib import Path

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nndecomp.config.registry import CONF, register
 from nndecomp.config.schema import RunConfig
-from nndecomp.config.sentences import COMPOSITION_ERRORS, sentence
+from nndecomp.config.sentences import COMPOSITION_ERRORS, NULL_GROUP, sentence
 from nndecomp.errors import SettingError
 
 
@@ -21,6 +21,8 @@ def refusing() -> Iterator[None]:
     except SettingError:
         raise
     except COMPOSITION_ERRORS as error:
+        if isinstance(error, AssertionError) and NULL_GROUP not in str(error):
+            raise  # a fault of ours or of Hydra's, not a setting
         raise SettingError(sentence(error, CONF)) from error
 
 

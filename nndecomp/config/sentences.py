@@ -19,9 +19,11 @@ from yaml import YAMLError
 
 from nndecomp.config.schema import RunConfig
 
-# What composing raises for a bad setting. ValueError: a group given a number. AssertionError: OmegaConf's, for
+# What composing raises for a bad setting. ValueError: a group given a number. AssertionError: only OmegaConf's, for
 # `compare.k=[8]` where compare is null.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError)
+
+NULL_GROUP = "Unexpected type for root: NoneType"
 
 
 def settings(schema: type = RunConfig, prefix: str = "") -> Iterator[str]:
