@@ -95,6 +95,26 @@ def test_clean_and_live_agree_with_nothing_upstream_and_differ_once_errors_compo
     assert value(rows, "fvu", rest, "none", "clean") != value(rows, "fvu", rest, "all", "live")
 
 
+def test_what_reads_a_replaced_site_reads_the_replacement_live_and_the_original_clean(target):
+    """The first adds 1 after layer 0's MLP; the second copies what is there to layer 1."""
+    first = EachSite([OUTS[0]], [OUTS[0]], [lambda x: x + 1])
+    second = EachSite([OUTS[0]], [OUTS[1]], [lambda x: x])
+    heldout, keep = text()
+    seen: dict[str, list[Tensor]] = {"clean": [], "live": []}
+    for inputs in ("clean", "live"):
+        target.watch = lambda site, v, inputs=inputs: (
+            seen[inputs].append(v[keep]) if site == Site(1, Point.resid_post) else None
+        )
+        cfg = EvaluationConfig(n_seqs=6, batch_seqs=6, inputs=[Inputs[inputs]], patched=[Patched.all], bootstrap=0)
+        means = means_of(target, OUTS[:2])
+        target_rows = evaluate(target, [first, second], heldout, keep, means, cfg, seed=0)
+        assert value(target_rows, "mse", str(OUTS[0]), "all" if inputs == "live" else "none", inputs) == pytest.approx(
+            1
+        )
+    target.watch = None
+    torch.testing.assert_close(seen["live"][-1], seen["clean"][-1] + 1)
+
+
 def test_prefixes_grow_from_the_first_site_to_all(target):
     rows = measure(target, EachSite(INS, OUTS, [linear(layer) for layer in range(N_LAYERS)]))
     for inputs in ("clean", "live"):

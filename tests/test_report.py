@@ -135,9 +135,12 @@ def test_legend_and_data_do_not_overlap():
 
 
 def test_the_vertical_axis_is_chosen_by_the_data():
-    wide_range = [made_up(k=k, increase=1 / k**2) for k in (8, 64)]
-    assert figures.pareto(join(wide_range)).axes[0].get_yscale() == "symlog"  # intervals reach below 0
-    assert figures.pareto(made_up(increase=0.2)).axes[0].get_yscale() == "log"
+    def scale(*increases: float) -> str:
+        return figures.pareto(join([made_up(k=k, increase=i) for k, i in enumerate(increases, 1)])).axes[0].get_yscale()
+
+    assert scale(1.0, 0.01) == scale(0.2) == "log"
+    assert scale(1.0, -0.01) == "symlog"
+    assert scale(3.0, 2.0) == "linear"
     assert figures.fvu_against_l0(grid()).axes[0].get_yscale() == "linear"
 
 

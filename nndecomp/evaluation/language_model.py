@@ -1,4 +1,4 @@
-"""What a language model is worth as a target: how well it predicts, and how much of that each MLP does."""
+"""What a language model is worth as a target: how well it predicts, and how much of that its MLPs do."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from nndecomp.types import Point, Site
 
 
 def unigram_entropy(batch: TokenBatch) -> float:
-    """-sum p log p over the tokens' frequencies in the batch, in nats: what knowing frequencies alone would reach."""
+    """-sum p log p over the frequencies of the tokens in a batch, nats: what knowing frequencies alone would reach."""
     counts = batch.tokens[batch.mask].bincount().double()
     p = counts[counts > 0] / counts.sum()
     return float(-(p * p.log()).sum())
@@ -25,13 +25,30 @@ def ablated_cross_entropy(target: Target, batch: TokenBatch, layers: Sequence[in
         return cross_entropy(target.logits, batch, batch_seqs)
 
 
+def target_scores(target: Target, training: TokenBatch, heldout: TokenBatch, batch_seqs: int) -> dict[str, float]:
+    """Cross-entropies, and what zero-ablation adds to the held-out one: of all MLPs, and of each alone; nats."""
+    ce = cross_entropy(target.logits, heldout, batch_seqs)
+    layers = range(target.shape.n_layers)
+    ablated = {
+        f"zero_{Site(i, Point.mlp_out)}": ablated_cross_entropy(target, heldout, [i], batch_seqs) for i in layers
+    }
+    ablated["zero_all"] = ablated_cross_entropy(target, heldout, layers, batch_seqs)
+    return {
+        "ce_training": cross_entropy(target.logits, training, batch_seqs),
+        "ce_heldout": ce,
+        "unigram_entropy": unigram_entropy(heldout),
+        **{name: value - ce for name, value in ablated.items()},
+    }
+
+
 @torch.no_grad()
 def continuation(
-    target: Target, tokens: Int[Tensor, " pos"], n_tokens: int, temperature: float, generator: torch.Generator
-) -> Int[Tensor, " longer"]:
-    """`tokens` and `n_tokens` more, each drawn from softmax(logits / temperature), within the target's context."""
-    assert len(tokens) + n_tokens <= target.shape.n_ctx, f"{len(tokens)} + {n_tokens} tokens exceed the context"
+    target: Target, tokens: Int[Tensor, " pos"], n_tokens: int, temperature: float, seed: int
+) -> Int[Tensor, " drawn"]:
+    """`n_tokens` that follow `tokens`, each drawn from softmax(logits / temperature)."""
+    generator, n_prompt = torch.Generator().manual_seed(seed), len(tokens)
+    assert n_prompt + n_tokens <= target.shape.n_ctx, f"{n_prompt} + {n_tokens} tokens exceed the context"
     for _ in range(n_tokens):
         p = (target.logits(tokens[None])[0, -1].float().cpu() / temperature).softmax(-1)
         tokens = torch.cat([tokens, torch.multinomial(p, 1, generator=generator).to(tokens.device)])
-    return tokens
+    return tokens[n_prompt:]

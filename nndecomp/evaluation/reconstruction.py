@@ -44,20 +44,23 @@ class SiteErrors:
 
 
 def site_means(errors: Mapping[Site, SiteErrors]) -> dict[tuple[str, str], Ratio]:
-    """(metric, site) -> its mean: mse per coordinate, fvu, cosine; of each site, and pooled as site "all"."""
+    """(metric, site) -> its mean: mse and variance per coordinate, fvu, cosine; of each site, and pooled as site "all"."""
     means: dict[tuple[str, str], Ratio] = {}
     for site, e in errors.items():
         means["mse", str(site)] = Ratio(e.squared_error, e.n * len(e.centre))
+        means["variance", str(site)] = Ratio(e.variance, e.n * len(e.centre))
         means["fvu", str(site)] = Ratio(e.squared_error, e.variance)
         means["cosine", str(site)] = Ratio(e.cosine, e.n)
-    pool = list(errors.values())
-    squared_error = torch.stack([e.squared_error for e in pool]).sum(0)
-    coordinates = torch.stack([e.n * len(e.centre) for e in pool]).sum(0)
-    means["mse", "all"] = Ratio(squared_error, coordinates)
-    means["fvu", "all"] = Ratio(squared_error, torch.stack([e.variance for e in pool]).sum(0))
-    means["cosine", "all"] = Ratio(
-        torch.stack([e.cosine for e in pool]).sum(0), torch.stack([e.n for e in pool]).sum(0)
+    squared_error, variance, cosine, n, coordinates = (
+        torch.stack(each).sum(0)
+        for each in zip(
+            *((e.squared_error, e.variance, e.cosine, e.n, e.n * len(e.centre)) for e in errors.values()), strict=True
+        )
     )
+    means["mse", "all"] = Ratio(squared_error, coordinates)
+    means["variance", "all"] = Ratio(variance, coordinates)
+    means["fvu", "all"] = Ratio(squared_error, variance)
+    means["cosine", "all"] = Ratio(cosine, n)
     return means
 
 

@@ -226,7 +226,7 @@ def _prediction_rows(
 def _reconstruction_rows(
     m: _Replacement, n_tokens: int, drawn: Float[Tensor, "resample seq"], confidence: float
 ) -> Iterator[Measurement]:
-    units = {"mse": "squared activation", "fvu": "share", "cosine": "cosine"}
+    units = {"mse": "squared activation", "variance": "squared activation", "fvu": "share", "cosine": "cosine"}
     for inputs in m.inputs:
         activity, means = m.activity[inputs], site_means(m.errors[inputs])
         # Live sums come from the run with everything replaced, clean sums from the undisturbed run.

@@ -1,15 +1,17 @@
-"""The model card and the loss figure of a language model trained by exp_021, from measured facts alone."""
+"""The model card and the loss figure of a language model trained by exp_021_pretrain_target."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from nndecomp.config.schema import PretrainConfig, RunConfig, TokensConfig, TokensKind, TrainingConfig
 from nndecomp.report.style import COLOURS, GREY, OTHER
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]], unigram: float) -> Figure:
-    """Training and held-out cross-entropy against tokens seen; the unigram entropy for scale."""
+    """Cross-entropy in training and on held-out text against tokens seen, from metrics.jsonl."""
     figure = Figure(figsize=(4.5, 3.0), layout="constrained")
     axes = figure.subplots()
     for name, label, colour in (("model", "training", COLOURS["transcoder"]), ("heldout", "held-out", OTHER[0])):
@@ -22,38 +24,66 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], unigram: float) -> Figure:
     return figure
 
 
-def model_card(facts: Mapping[str, Any]) -> str:
-    """`facts` as exp_021 writes them to facts.json; every number in the card is one of them."""
-    size, ce, ablated = facts["model"], facts["cross_entropy"], facts["zero_ablation_increase"]
-    layers = "\n".join(f"| MLP of layer {layer} | +{nats:.3f} |" for layer, nats in enumerate(ablated["single"]))
-    return f"""# {facts["name"]}: a small language model to be taken apart
+def text_of(cfg: TokensConfig) -> str:
+    """The text, in words."""
+    held = f"{cfg.heldout_fraction:.0%} of the documents held out by the hash of their content"
+    match cfg.kind:
+        case TokensKind.stdlib:
+            return (
+                f"the Python {platform.python_version()} standard library's own modules, without its tests; "
+                f"{cfg.heldout_fraction:.0%} of the files held out by the hash of their path"
+            )
+        case TokensKind.files:
+            return f"{cfg.path}; {held}"
+        case TokensKind.hub:
+            return (
+                f"{cfg.path}, split {cfg.split}; {f'held-out split {cfg.heldout_split}' if cfg.heldout_split else held}"
+            )
 
-A LlamaSimpleMLP of {size["n_layers"]} layers (d_model {size["d_model"]}, {size["d_mlp"]} neurons a layer, {size["n_heads"]} heads of which {size["n_kv_heads"]} hold keys and
-values, context {size["n_ctx"]}, {size["n_vocab"]} tokens, {size["n_parameters"]:,} parameters in float32). It is not useful for anything
-but being studied.
 
-- Text: {facts["text"]}.
-- Tokens: {facts["n_tokens"]:,} for training ({facts["n_epochs"]} passes over the training text finished), {ce["n_heldout_tokens"]:,} for the held-out numbers.
-- Tokenizer: byte-level BPE of {size["n_vocab"]} tokens, trained on the training split; `<|endoftext|>` ends a document; no BOS.
-- Command: `{facts["command"]}`
-- Training: {facts["optimiser"]}; {facts["minutes"]:.0f} minutes on {facts["device"]}.
+def recipe_of(cfg: TrainingConfig) -> str:
+    return (
+        f"{cfg.optimizer.value}, betas {cfg.betas[0]} and {cfg.betas[1]}, weight decay {cfg.weight_decay} on matrices, "
+        f"batches of {cfg.batch_tokens} tokens, learning rate {cfg.lr} ({cfg.lr_schedule.value}, "
+        f"{cfg.lr_warmup:.0%} warm-up, down to {cfg.lr_end:.0%}), gradient norm clipped at {cfg.clip_norm}"
+    )
 
-| cross-entropy, nats a token | |
+
+def model_card(cfg: RunConfig, size: PretrainConfig, facts: Mapping[str, Any]) -> str:
+    """README.md of the target's directory. `facts` are those of facts.json beside it."""
+    scores, sample = facts["scores"], facts["sample"]
+    singles = "\n".join(
+        f"| MLP of layer {layer} | +{scores[f'zero_L{layer}.mlp_out']:.3f} |" for layer in range(size.n_layers)
+    )
+    return f"""# A small language model to be taken apart
+
+A LlamaSimpleMLP: {size.n_layers} layers, d_model {size.d_model}, {size.d_mlp} neurons a layer, {size.n_heads} query heads and {size.n_kv_heads} key heads,
+context {size.n_ctx}, {size.vocab_size} tokens, {facts["n_parameters"]:,} parameters in float32. It is good for nothing but being studied.
+
+- **Text**: {facts["text"]}.
+- **Tokens**: {facts["n_tokens"]:,}; the training text was read {facts["n_epochs"]} times in full. Rows of {cfg.tokens.seq_len}, documents joined by `<|endoftext|>`, no BOS.
+- **Tokenizer**: byte-level BPE of {size.vocab_size} tokens, trained on the training split alone.
+- **Command**: `{facts["command"]}`
+- **Training**: {facts["recipe"]}, seed {cfg.seed}; {facts["minutes"]} minutes ({facts["device"]}).
+
+| nats per token | |
 |---|---|
-| training text | {ce["training"]:.3f} |
-| held-out text | {ce["heldout"]:.3f} |
-| held-out text, unigram entropy | {ce["unigram"]:.3f} |
+| cross-entropy, training text | {scores["ce_training"]:.3f} |
+| cross-entropy, held-out text | {scores["ce_heldout"]:.3f} |
+| unigram entropy of the held-out text | {scores["unigram_entropy"]:.3f} |
 
-| zero-ablation: increase of held-out cross-entropy, nats | |
+Measured on {facts["n_evaluated"]:,} tokens each. What zero-ablation adds to the held-out cross-entropy:
+
+| zero-ablated | nats |
 |---|---|
-| all MLPs | +{ablated["all"]:.3f} |
-{layers}
+| all MLPs | +{scores["zero_all"]:.3f} |
+{singles}
 
-The first {facts["sample"]["n_prompt"]} tokens are held-out text, the rest is drawn from the model at temperature {facts["sample"]["temperature"]}:
+A sample at temperature {sample["temperature"]}; up to the mark ⟫ it is held-out text, the rest is the model's:
 
 ````text
-{facts["sample"]["prompt"]}⟪{facts["sample"]["continuation"]}⟫
+{sample["prompt"]}⟫{sample["continuation"]}
 ````
 
-Files: `model.safetensors`, `model_config.yaml`, `tokenizer.json`, `tokenizer_config.json`, and `facts.json` with the numbers above.
+Files: `model.safetensors`, `model_config.yaml`, `tokenizer.json`, `tokenizer_config.json`; `facts.json` has the numbers above.
 """

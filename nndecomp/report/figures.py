@@ -11,7 +11,7 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, SymmetricalLogLocator
 
 from nndecomp.report import style
 from nndecomp.report.tables import wide
@@ -85,23 +85,17 @@ def _panel(panel: Axes, points: pandas.DataFrame, axis: str, metric: str, label_
     for (architecture, activation, n_features, inputs), part in points.groupby([*SERIES, "inputs"]):
         colour, marker = _look(points, architecture, (activation, n_features))
         live = inputs == "live"
-        panel.errorbar(
-            part[axis],
-            part[metric],
-            yerr=[part[metric] - part[f"{metric}_low"], part[f"{metric}_high"] - part[metric]],
-            fmt=marker,
-            color=colour,
-            markerfacecolor=colour if live else "white",
-            elinewidth=1.2,
-            zorder=4 if live else 3,
-        )
+        # Drawn from end to end: a percentile interval need not hold its own estimate.
+        panel.vlines(part[axis], part[f"{metric}_low"], part[f"{metric}_high"], color=colour, linewidth=1.2, zorder=3)
+        face = colour if live else "white"
+        panel.plot(part[axis], part[metric], marker, color=colour, markerfacecolor=face, zorder=5 if live else 4)
         # The line runs through the mean over seeds; where there is no k, every point is a setting of its own.
         line = part.groupby(part.k.fillna(-part[axis]))[[axis, metric]].mean().sort_values(axis)
         panel.plot(line[axis], line[metric], "-" if live else "--", color=colour, zorder=2)
     references = {name: points[name].mean() for name in REFERENCES if metric == "ce_increase" and name in points}
     panel.set_xscale("log")
     panel.set_xlabel(style.AXES[axis])
-    _scale_y(panel, [*points[metric], *points[f"{metric}_low"], *points[f"{metric}_high"], *references.values()])
+    _scale_y(panel, [*points[metric], *references.values()], [*points[f"{metric}_low"], *points[f"{metric}_high"]])
     _plain_ticks(panel)
     heights = {
         name: panel.transLimits.transform(panel.transScale.transform((1, y)))[1] for name, y in references.items()
@@ -123,30 +117,36 @@ def _panel(panel: Axes, points: pandas.DataFrame, axis: str, metric: str, label_
             )
 
 
-def _scale_y(panel: Axes, values: Sequence[float]) -> None:
-    """Linear for a narrow range; log for a wide one, symlog if some of it is not above 0."""
-    known = [value for value in values if not math.isnan(value)]
-    low, high = min(known), max(known)
+def _scale_y(panel: Axes, values: Sequence[float], ends: Sequence[float]) -> None:
+    """Linear for a narrow range of values; log for a wide one, symlog if some are not above 0.
+
+    `ends` of intervals stretch a linear axis. On a log axis those that reach 0 run off the lower edge.
+    """
+    low, high = min(values), max(values)
+    reach = [each for each in (*values, *ends) if not math.isnan(each)]
     if low > 0 and high / low > 8:
         panel.set_yscale("log")
-        panel.set_ylim(low / 1.4, high * 1.4)
-    elif low <= 0 and high > 0:
-        smallest = min(value for value in known if value > 0)
-        if high / smallest > 8:
-            panel.set_yscale("symlog", linthresh=max(smallest, high / 1000), linscale=0.5)
-        panel.set_ylim(top=high * 1.3)
-    else:
-        panel.set_ylim(0, high * 1.12)
+        panel.set_ylim(low / 1.6, max(reach) * 1.4)
+    elif low <= 0 and high > 8 * -low:
+        panel.set_yscale("symlog", linthresh=high / 50, linscale=0.7)
+        panel.set_ylim(min(reach) - high / 100, max(reach) * 1.4)
+    elif low > 0:
+        panel.set_ylim(0, max(reach) * 1.12)
 
 
 def _plain_ticks(panel: Axes) -> None:
     """1, 2, 5, 10, ... rather than powers of ten; thousands as 2k, 5M."""
     for axis, scale in ((panel.xaxis, panel.get_xscale()), (panel.yaxis, panel.get_yscale())):
-        if scale == "log":
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_minor_locator(NullLocator())
-            axis.set_minor_formatter(NullFormatter())
-            axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        match scale:
+            case "log":
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            case "symlog":
+                axis.set_major_locator(SymmetricalLogLocator(axis.get_transform(), subs=(1, 2, 5)))
+            case _:
+                continue
+        axis.set_minor_locator(NullLocator())
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
 
 
 def _short(value: float) -> str:
@@ -164,7 +164,10 @@ def _legend(points: pandas.DataFrame) -> list[Line2D]:
         for activation, n_features in variants:
             colour, marker = _look(points, architecture, (activation, n_features))
             name = style.NAMES.get(architecture, architecture.replace("_", " "))
-            label = f"{name}, {activation}, {n_features}" if len(variants) > 1 else name
+            # Of the variants only what differs between them.
+            differs = [len(set(each)) > 1 for each in zip(*variants, strict=True)]
+            detail = [f", {each}" for each, told in zip((activation, n_features), differs, strict=True) if told]
+            label = name + "".join(detail)
             entries.append(Line2D([], [], color=colour, marker=marker, label=label))
     meaning = {
         "live": Line2D([], [], color="black", marker="o", label="live inputs"),
