@@ -36,7 +36,7 @@ from nndecomp.decompositions.neurons import NeuronBaseline, build_neurons
 from nndecomp.decompositions.objective import DictionaryObjective
 from nndecomp.evaluation.rows import Context, join, table, write_rows
 from nndecomp.evaluation.suite import evaluate_all
-from nndecomp.targets.base import Target
+from nndecomp.targets.base import Target, TargetShape
 from nndecomp.targets.load import load_target, target_shape
 from nndecomp.tokens import heldout_tokens, open_tokens
 from nndecomp.training.log import Log, check_log
@@ -103,15 +103,25 @@ def check(cfg: RunConfig) -> None:
     if cfg.pretrain is not None:
         return  # the target is made by the run
     shape = target_shape(cfg.target)
+    check_length(cfg, shape)
+    if cfg.runs:
+        check_runs(cfg)
+    sites = decomposed_sites(cfg, shape)
+    if cfg.activations.store is not None:
+        open_store(Path(cfg.activations.store), sites)
+
+
+def decomposed_sites(cfg: RunConfig, shape: TargetShape) -> list[Site]:
+    """Every site that a decomposition of the run reads or writes; SettingError if the target has no such site."""
+    groups = [group for each in decompositions(cfg).values() for group in wire(each, shape).groups]
+    return sorted({site for group in groups for site in (*group.reads, *group.writes)})
+
+
+def check_length(cfg: RunConfig, shape: TargetShape) -> None:
     require(
         cfg.tokens.seq_len <= shape.n_ctx,
         f"tokens.seq_len={cfg.tokens.seq_len} is more than the {shape.n_ctx} tokens the target takes in",
     )
-    if cfg.runs:
-        check_runs(cfg)
-    groups = [group for each in decompositions(cfg).values() for group in wire(each, shape).groups]
-    if cfg.activations.store is not None:
-        open_store(Path(cfg.activations.store), sorted({site for g in groups for site in (*g.reads, *g.writes)}))
 
 
 def check_runs(cfg: RunConfig) -> list[Path]:

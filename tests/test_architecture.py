@@ -14,7 +14,7 @@ REPO = Path(__file__).parents[1]
 # A stage may import itself and the stages to its left.
 STAGES = [
     *("errors", "types", "config", "checkpoint", "targets", "tokens", "activations", "decompositions", "training"),
-    *("evaluation", "interpretation", "circuits", "interop", "browser", "report", "build", "run"),
+    *("evaluation", "interpretation", "circuits", "interop", "browser", "report", "build", "face", "run"),
 ]
 CORE = sorted((REPO / "nndecomp").rglob("*.py"))
 EXPERIMENTS = sorted((REPO / "experiments").rglob("*.py"))

@@ -1,7 +1,7 @@
 """exp_000: which way of taking the MLPs of a language model apart costs least, at how many active features?
 
-    python experiments/exp_000_quickstart/run.py                # under 4 minutes on two CPU cores
-    python experiments/exp_000_quickstart/run.py +scale=smoke   # seconds
+python experiments/exp_000_quickstart/run.py                # under 4 minutes on two CPU cores
+python experiments/exp_000_quickstart/run.py +scale=smoke   # seconds
 """
 
 from pathlib import Path

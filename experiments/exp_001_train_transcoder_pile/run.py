@@ -1,7 +1,7 @@
 """exp_001: how well do per-layer transcoders replace the MLPs of a 4-layer model of the Pile, at k = 21, 8, 13, 27?
 
-    python experiments/exp_001_train_transcoder_pile/run.py
-    python experiments/exp_001_train_transcoder_pile/run.py +scale=tiny   # the model that ships: minutes on a CPU
+python experiments/exp_001_train_transcoder_pile/run.py
+python experiments/exp_001_train_transcoder_pile/run.py +scale=tiny   # the model that ships: minutes on a CPU
 """
 
 from pathlib import Path

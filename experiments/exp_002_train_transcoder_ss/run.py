@@ -1,7 +1,7 @@
 """exp_002: how well does one transcoder replace the last MLP of a model of children's stories?
 
-    python experiments/exp_002_train_transcoder_ss/run.py
-    python experiments/exp_002_train_transcoder_ss/run.py +scale=tiny   # the model that ships: minutes on a CPU
+python experiments/exp_002_train_transcoder_ss/run.py
+python experiments/exp_002_train_transcoder_ss/run.py +scale=tiny   # the model that ships: minutes on a CPU
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """exp_003: how well does a cross-layer transcoder replace the MLPs of a 4-layer model of the Pile?
 
-    python experiments/exp_003_train_clt_pile/run.py
-    python experiments/exp_003_train_clt_pile/run.py +scale=tiny   # the model that ships: minutes on a CPU
+python experiments/exp_003_train_clt_pile/run.py
+python experiments/exp_003_train_clt_pile/run.py +scale=tiny   # the model that ships: minutes on a CPU
 """
 
 from pathlib import Path

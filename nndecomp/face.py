@@ -1,0 +1,157 @@
+"""For notebooks: a target, its activations, decompositions of it, and what they cost, in a few lines.
+
+target = nndecomp.load_target("tiny")
+clt = nndecomp.load_decomposition("output/exp_000_quickstart/<time>", "cross_layer_transcoder_k16")
+x = nndecomp.read(target, clt, "def area(r):")       # [token, d_reads]
+codes = clt.encode(x)
+y_hat = clt.decode(codes, x)                         # [token, d_writes]
+logits = nndecomp.patched_logits(target, clt, "def area(r):", layers=[2])
+rows = nndecomp.evaluate(target, clt, "tokens=stdlib", "evaluation.n_seqs=32")
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nndecomp import build
+from nndecomp.config.compose import compose
+from nndecomp.config.registry import CONF
+from nndecomp.config.schema import DType, Inputs, Packing, TargetConfig, TargetKind, TokensConfig, TokensKind, require
+from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.neurons import NeuronBaseline
+from nndecomp.evaluation.patching import Batch, clean_run, live, pasted
+from nndecomp.targets import load
+from nndecomp.targets.base import Target
+from nndecomp.tokens import TokenBatch
+from nndecomp.tokens.encoding import Encoding
+from nndecomp.types import Site
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Text = str | Sequence[str]
+
+
+def load_target(name: str, device: str = "cpu", dtype: str | None = None, revision: str | None = None) -> Target:
+    """A file of conf/target by its name, a directory, a Hugging Face id, or wandb:<entity>/<project>/<run>.
+
+    `dtype` (float32, bfloat16, float16) and `revision` (of a Hugging Face id) replace the file's, if given.
+    """
+    path = Path(name)
+    if (CONF / "target" / f"{name}.yaml").is_file():
+        cfg = compose("config", [f"target={name}", "name=notebook"]).target
+    elif name.startswith("wandb:") or (path / "model_config.yaml").is_file():
+        cfg = TargetConfig(kind=TargetKind.llama_simple_mlp, path=name)
+    else:
+        cfg = TargetConfig(kind=TargetKind.huggingface, path=name)
+    if dtype is not None:
+        require(dtype in DType.__members__, f"dtype={dtype} is not one of {', '.join(DType.__members__)}")
+        cfg.dtype = DType[dtype]
+    cfg.revision = cfg.revision if revision is None else revision
+    return load.load_target(cfg, torch.device(device))
+
+
+def load_decomposition(source: str | Path, name: str | None = None, device: str = "cpu") -> SparseDictionary:
+    """Of a run directory (`name` says which, if it holds several), a saved directory, or the Hugging Face Hub."""
+    saved = Path(source) / "decompositions"
+    if not saved.is_dir():
+        require(name is None, f"{source} is not a run directory: it has no decompositions/{name}")
+        return SparseDictionary.from_pretrained(source, device)
+    names = sorted(path.name for path in saved.iterdir())
+    name = names[0] if name is None and len(names) == 1 else name
+    require(name in names, f"{source} has no decomposition {name}; there are: {', '.join(names)}")
+    return SparseDictionary.from_pretrained(saved / str(name), device)
+
+
+def neurons(target: Target, k: int) -> NeuronBaseline:
+    """The baseline: of every MLP's neurons, each token keeps the k largest."""
+    n_layers = target.shape.n_layers
+    require(0 < k <= target.shape.d_mlp, f"k={k} is not between 1 and the {target.shape.d_mlp} neurons of an MLP")
+    return NeuronBaseline(target, range(n_layers), [k] * n_layers).eval()
+
+
+def tokenise(target: Target, text: Text) -> TokenBatch:
+    """One row a text, right-padded; begins with BOS where the target's tokenizer does so by itself."""
+    texts = [text] if isinstance(text, str) else list(text)
+    cfg = TokensConfig(kind=TokensKind.stdlib, path=None, packing=Packing.documents, seq_len=max(2, target.shape.n_ctx))
+    encoding = Encoding.of(cfg, target.tokenizer)
+    rows = [encoding.document_row(ids) for ids in encoding.ids(texts)]
+    return TokenBatch.of(rows, max(len(row.ids) for row in rows), encoding.pad).to(target.device)
+
+
+def record(target: Target, text: Text, sites: Sequence[str]) -> dict[str, Float[Tensor, "batch pos _"]]:
+    """Activations by the names they were asked for: `L3.mlp_out`, `L0.z.h5`, `embed`, `blocks.3.hook_mlp_out`."""
+    parsed = {name: Site.parse(name) for name in sites}
+    for site in parsed.values():
+        target.shape.check(site, "sites")
+    recorded = target.record(tokenise(target, text).tokens, list(dict.fromkeys(parsed.values())))
+    return {name: recorded[site] for name, site in parsed.items()}
+
+
+def read(target: Target, decomposition: Decomposition, text: Text) -> Float[Tensor, "token d_reads"]:
+    """What a decomposition reads, as its `encode` and `forward` take it: one row a token, padding and BOS left out."""
+    batch = whole(tokenise(target, text))
+    recorded = target.record(batch.tokens, decomposition.reads)
+    return torch.cat([batch.rows(recorded[site]) for site in decomposition.read_layout.sites], dim=1)
+
+
+@torch.no_grad()
+def patched_logits(
+    target: Target,
+    decomposition: Decomposition,
+    text: Text,
+    layers: Sequence[int] | None = None,
+    inputs: str = "live",
+) -> Float[Tensor, "batch pos vocab"]:
+    """Next-token logits with the decomposition in place of what it writes, at `layers` (null: all it writes).
+
+    inputs: `live` lets each read see what arrives in the patched run, `clean` what the undisturbed run had.
+    """
+    require(inputs in Inputs.__members__, f"inputs={inputs} is not one of {', '.join(Inputs.__members__)}")
+    sites = tuple(site for site in decomposition.writes if layers is None or site.layer in layers)
+    require(bool(sites), f"layers={layers} has none of {', '.join(map(str, decomposition.writes))}, which are written")
+    batch = whole(tokenise(target, text))
+    match Inputs[inputs]:
+        case Inputs.live:
+            obstacle = decomposition.live_obstacle()
+            require(obstacle is None, f"inputs=live is not possible: {obstacle}; use inputs=clean")
+            replacements, _ = live(batch, [decomposition], sites)
+        case Inputs.clean:
+            clean = clean_run(target, batch, decomposition.reads)
+            x = torch.cat([clean.rows[site] for site in decomposition.read_layout.sites], dim=1)
+            y_hat, _ = decomposition(x)
+            spans = decomposition.write_layout.spans
+            replacements = pasted(batch, {site: y_hat[:, spans[site]] for site in sites})
+    with target.patch(replacements):
+        return target.logits(batch.tokens)
+
+
+def evaluate(
+    target: Target, decompositions: Decomposition | Mapping[str, Decomposition], *overrides: str
+) -> "DataFrame":
+    """Rows of measurements on held-out text, as every run writes them; `overrides` are settings of conf/config.yaml.
+
+    nndecomp.evaluate(target, {"clt": clt, "neurons": nndecomp.neurons(target, 16)}, "tokens=stdlib", "tokens.seq_len=128")
+    """
+    named = decompositions if isinstance(decompositions, Mapping) else {"decomposition": decompositions}
+    cfg = compose("config", ["name=notebook", *overrides])
+    build.check_length(cfg, target.shape)
+    return build.measured(cfg, target, {name: [each] for name, each in named.items()}, run="notebook")
+
+
+def rows(*runs: str | Path) -> "DataFrame":
+    """The measurements of finished runs, or of all finished runs below the directories given."""
+    from nndecomp.report.collect import collect  # late: loads pandas
+
+    return collect([Path(run) for run in runs])
+
+
+def whole(batch: TokenBatch) -> Batch:
+    """A batch whose positions all count, but for padding and BOS."""
+    kept = (batch.mask & ~batch.is_bos).flatten().nonzero()[:, 0]
+    return Batch(slice(0, len(batch)), batch.tokens, kept, batch.mask[:, 1:] & batch.mask[:, :-1])
