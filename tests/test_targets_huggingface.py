@@ -1,7 +1,6 @@
 """Sites of Hugging Face models against values worked out from the models' weights."""
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -242,14 +241,9 @@ def test_a_sequence_longer_than_the_context_is_refused(target: Target) -> None:
         target.logits(tiny_tokens(1, 41))
 
 
-@cache
-def gpt2_in(directory: Path) -> Path:
-    return save_tiny_model("gpt2", directory)
-
-
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return gpt2_in(tmp_path_factory.mktemp("gpt2"))
+    return save_tiny_model("gpt2", tmp_path_factory.mktemp("gpt2"))
 
 
 def huggingface(path: str, **settings) -> TargetConfig:
@@ -285,6 +279,13 @@ def test_a_path_that_is_not_there_is_named(path: str) -> None:
 def test_a_hub_model_that_cannot_be_read_is_named() -> None:
     with pytest.raises(SettingError, match=r"target.path=nobody/nothing \(target.revision=v9\)"):
         target_shape(huggingface("nobody/nothing", revision="v9"))
+
+
+def test_a_directory_without_tokenizer_is_named(tmp_path: Path) -> None:
+    for file in save_tiny_model("gpt2", tmp_path).glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(SettingError, match=r"target.path=.* gives no tokenizer"):
+        load_target(huggingface(str(tmp_path)), CPU)
 
 
 def test_an_unsupported_family_is_refused_with_the_supported_ones(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from nndecomp.errors import SettingError
 from nndecomp.types import Point, Site
 
-# Given the activation [batch, pos, width] that arrives at a site, what to put there; None leaves it as it is.
+# Given the activation [batch, pos, width] that arrives at a site, what to put there, which is cast to the model's
+# precision; None leaves it as it is.
 Replace = Callable[[Tensor], Tensor | None]
 
 

@@ -20,11 +20,19 @@ no resid_mid. resid_mid is written into the tensor itself, so that norm and resi
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from nndecomp.config.target import TargetConfig
 from nndecomp.errors import SettingError
@@ -73,6 +81,8 @@ _ATTENTION = {"gemma2": "eager"}
 
 
 class HuggingFaceTarget(ModuleTarget):
+    model: PreTrainedModel
+
     def _residual(self, tokens: Int[Tensor, "batch pos"]) -> object:
         return self.model.base_model(input_ids=tokens, use_cache=False)
 
@@ -81,7 +91,7 @@ class HuggingFaceTarget(ModuleTarget):
 
 
 def load(cfg: TargetConfig, device: torch.device) -> HuggingFaceTarget:
-    config = read_config(cfg)
+    config, tokenizer = read_config(cfg), load_tokenizer(cfg)
     model = AutoModelForCausalLM.from_pretrained(
         local_or_hub(cfg.path),
         config=config,
@@ -89,14 +99,16 @@ def load(cfg: TargetConfig, device: torch.device) -> HuggingFaceTarget:
         dtype=getattr(torch, cfg.dtype.value),
         attn_implementation=_ATTENTION.get(config.model_type, "sdpa"),
         trust_remote_code=False,
-    ).to(device)
-    return HuggingFaceTarget(target_name(cfg.path), model, shape_of(config), load_tokenizer(cfg), wiring_of(config))
-
-
-def load_tokenizer(cfg: TargetConfig):
-    return AutoTokenizer.from_pretrained(
-        local_or_hub(cfg.path), revision=cfg.revision or "main", trust_remote_code=False
     )
+    model.to(device)  # pyright: ignore[reportArgumentType] transformers hides the signature
+    return HuggingFaceTarget(target_name(cfg.path), model, shape_of(config), tokenizer, wiring_of(config))
+
+
+def load_tokenizer(cfg: TargetConfig) -> PreTrainedTokenizerBase:
+    tokenizer = _read(AutoTokenizer, cfg)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of missing files
+        raise SettingError(f"target.path={cfg.path} gives no tokenizer: its files are missing")
+    return tokenizer
 
 
 def target_name(path: str) -> str:
@@ -116,16 +128,18 @@ def local_or_hub(path: str) -> str:
     return path
 
 
-def read_config(cfg: TargetConfig) -> PretrainedConfig:
+def _read(auto: type, cfg: TargetConfig) -> Any:
     try:
-        config = AutoConfig.from_pretrained(
-            local_or_hub(cfg.path), revision=cfg.revision or "main", trust_remote_code=False
-        )
-    except OSError as missing:
+        return auto.from_pretrained(local_or_hub(cfg.path), revision=cfg.revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as refused:
         raise SettingError(
-            f"target.path={cfg.path} (target.revision={cfg.revision}) could not be read: no such directory or Hub model, "
-            "or no connection to the Hub"
-        ) from missing
+            f"target.path={cfg.path} (target.revision={cfg.revision}) gives no {auto.__name__.removeprefix('Auto').lower()}: "
+            "no such model, files missing from it, or no connection to the Hub"
+        ) from refused
+
+
+def read_config(cfg: TargetConfig) -> PretrainedConfig:
+    config = _read(AutoConfig, cfg)
     if config.model_type not in _WIRINGS:
         raise SettingError(
             f"target.path={cfg.path} is a model of type {config.model_type}; supported are {', '.join(_WIRINGS)}"

@@ -103,7 +103,8 @@ class LlamaSimpleMLPConfig:
 
 
 def _linear(d_in: int, d_out: int) -> nn.Linear:
-    return nn.utils.skip_init(nn.Linear, d_in, d_out, bias=False)
+    """With no values yet: those of torch would come from the global generator."""
+    return nn.Linear(d_in, d_out, bias=False, device="meta").to_empty(device="cpu")
 
 
 def rotary_tables(
@@ -197,7 +198,7 @@ class LlamaSimpleMLP(nn.Module):
         """Weights are drawn from `generator`; without one they are whatever was in memory, for a load to fill."""
         super().__init__()
         self.config = config
-        self.wte = nn.utils.skip_init(nn.Embedding, config.n_vocab, config.d_model)
+        self.wte = nn.Embedding(config.n_vocab, config.d_model, device="meta").to_empty(device="cpu")
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         self.lm_head = _linear(config.d_model, config.n_vocab)
