@@ -109,11 +109,11 @@ def provenance() -> dict[str, Any]:
     """What a result came from, beside its settings; commit and changed are null where the source is no git tree."""
     import torch
 
-    changed = git("status", "--porcelain")
+    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "nndecomp": installed("nndecomp"),
-        "commit": git("rev-parse", "HEAD"),
+        "commit": commit.strip() if commit else None,
         "changed": None if changed is None else [line[3:] for line in changed.splitlines()],
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in PACKAGES},
@@ -127,7 +127,7 @@ def git(*arguments: str) -> str | None:
     if not (SOURCE / ".git").exists():
         return None
     command = ["git", "-C", str(SOURCE), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.rstrip("\n")
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def installed(package: str) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from training_parts import QUIET, training
 
 from nndecomp.config.schema import LogConfig, LrSchedule, Optimizer, Wandb
 from nndecomp.errors import SettingError
@@ -17,7 +18,6 @@ from nndecomp.training.progress import Clock, Progress, duration
 from nndecomp.training.randomness import Lanes, random_state, random_state_kept, set_random_state
 from nndecomp.training.schedules import learning_rate
 from nndecomp.training.window import NonFiniteError, Window, check_parameters
-from training_parts import QUIET, training
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,10 @@ def test_the_log_forgets_what_came_after_a_position(tmp_path: Path):
 
 
 def test_a_log_shorter_than_its_checkpoint_is_refused(tmp_path: Path):
-    with Log(tmp_path, QUIET) as log, pytest.raises(AssertionError, match="has 0 bytes, its checkpoint was made after 9"):
+    with (
+        Log(tmp_path, QUIET) as log,
+        pytest.raises(AssertionError, match="has 0 bytes, its checkpoint was made after 9"),
+    ):
         log.rewind(9)
 
 
@@ -247,7 +250,8 @@ def test_a_line_says_how_far_how_fast_and_how_long_still(capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0 s"), (59.0, "59 s"), (61.0, "1 min 01 s"), (3599.6, "1 h 00 min"), (7260.0, "2 h 01 min")]
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59.0, "59 s"), (61.0, "1 min 01 s"), (3599.6, "1 h 00 min"), (7260.0, "2 h 01 min")],
 )
 def test_a_duration_is_read_at_a_glance(seconds: float, words: str):
     assert duration(seconds) == words
