@@ -1,40 +1,51 @@
 """exp_021: a small language model trained from nothing, to be taken apart by the other experiments.
 
-python experiments/exp_021_pretrain_target/run.py                       # the model that ships as target=tiny
-python experiments/exp_021_pretrain_target/run.py tokens=files tokens.path=notes/ pretrain.d_model=256
+python experiments/exp_021_pretrain_target/run.py                # the model that ships as target=tiny
+python experiments/exp_021_pretrain_target/run.py tokens=files tokens.path=notes pretrain.d_model=256
+
+What it leaves is a target: target.path=output/exp_021_pretrain_target/<time>/target
 """
 
+import json
 from itertools import islice
 from pathlib import Path
 
-import torch
-
-from nndecomp import build
-from nndecomp.config.schema import RunConfig, require
+from nndecomp.config.schema import RunConfig, TargetConfig, TargetKind, require
 from nndecomp.run import experiment
-from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, save
-from nndecomp.tokens import heldout_tokens, open_tokens, training_documents
-from nndecomp.tokens.tokenizer import train_tokenizer
-from nndecomp.training.language_model import NextToken, TokenBatches, cross_entropy
-from nndecomp.training.log import Log
-from nndecomp.training.loop import train
+
+PROMPT, SAMPLE, TEMPERATURE = 48, 128, 0.7
 
 
 @experiment("exp_021_pretrain_target")
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
-    size = cfg.pretrain
-    assert size is not None, "conf/exp_021_pretrain_target.yaml says pretrain"
+    import torch  # late, with all that loads it: --help does without
+    from hydra.core.hydra_config import HydraConfig
+
+    from nndecomp import build, checkpoint
+    from nndecomp.evaluation.language_model import continuation, target_scores
+    from nndecomp.report import card, style
+    from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, save
+    from nndecomp.targets.load import load_target
+    from nndecomp.tokens import heldout_tokens, open_tokens, training_documents
+    from nndecomp.tokens.tokenizer import train_tokenizer
+    from nndecomp.training.language_model import NextToken, TokenBatches, cross_entropy
+    from nndecomp.training.log import Log
+    from nndecomp.training.loop import train
+
+    size, seq_len, batch_seqs = cfg.pretrain, cfg.tokens.seq_len, cfg.evaluation.batch_seqs
+    assert size is not None, "conf/exp_021_pretrain_target.yaml has the sizes of the model"
     require(
-        cfg.training.batch_tokens % cfg.tokens.seq_len == 0,
-        f"training.batch_tokens={cfg.training.batch_tokens} must be a multiple of tokens.seq_len={cfg.tokens.seq_len}",
+        cfg.training.batch_tokens % seq_len == 0,
+        f"training.batch_tokens={cfg.training.batch_tokens} must be a multiple of tokens.seq_len={seq_len}",
     )
+    require(seq_len <= size.n_ctx, f"tokens.seq_len={seq_len} is more than pretrain.n_ctx={size.n_ctx}")
+
     device = build.device(cfg)
     texts = islice(training_documents(cfg.tokens, cfg.seed), size.tokenizer_documents)
     tokenizer = train_tokenizer(texts, size.vocab_size, size.n_ctx)
+    tokens = open_tokens(cfg.tokens, tokenizer, cfg.seed)
+    training = tokens.next_batch(cfg.evaluation.n_seqs).to(device)
     heldout = heldout_tokens(cfg.tokens, tokenizer, cfg.evaluation.n_seqs).to(device)
-    stream = TokenBatches(
-        open_tokens(cfg.tokens, tokenizer, cfg.seed), cfg.training.batch_tokens // cfg.tokens.seq_len, device
-    )
     model = LlamaSimpleMLP(
         LlamaSimpleMLPConfig(
             n_layers=size.n_layers,
@@ -48,18 +59,46 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
         torch.Generator().manual_seed(cfg.seed),
     ).to(device)
 
-    with Log(out, cfg.log, cfg.name) as log:
+    stream = TokenBatches(open_tokens(cfg.tokens, tokenizer, cfg.seed), cfg.training.batch_tokens // seq_len, device)
+    with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as log:
         train(
             {"model": NextToken(model)},
             stream,
             cfg.training,
             out,
             log=log,
-            evaluate=lambda step: {"ce": cross_entropy(model, heldout, cfg.evaluation.batch_seqs)},
-            description="pretrain",
+            evaluate=lambda step: {"ce": cross_entropy(model, heldout, batch_seqs)},
+            description=cfg.name,
         )
-    save(model.cpu(), tokenizer, out / "target")
-    return {}
+    save(model, tokenizer, out / "target")
+
+    target = load_target(TargetConfig(kind=TargetKind.llama_simple_mlp, path=str(out / "target")), device)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    scores = target_scores(target, training, heldout, batch_seqs)
+    prompt = heldout.tokens[0, : min(PROMPT, seq_len // 2)]
+    drawn = continuation(target, prompt, min(SAMPLE, size.n_ctx - len(prompt)), TEMPERATURE, cfg.seed)
+    facts = {
+        "command": " ".join([f"python experiments/{cfg.name}/run.py", *HydraConfig.get().overrides.task]),
+        "text": card.text_of(cfg.tokens),
+        "recipe": card.recipe_of(cfg.training),
+        "device": str(device),
+        "minutes": round(sum(row["timing"]["seconds"] for row in rows if "timing" in row) / 60, 1),
+        "n_tokens": cfg.training.n_steps * cfg.training.batch_tokens,
+        "n_epochs": stream.stream.reader.state_dict()["epoch"],
+        "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "n_evaluated": int(heldout.mask[:, 1:].sum()),
+        "scores": scores,
+        "sample": {
+            "temperature": TEMPERATURE,
+            "prompt": tokenizer.decode(prompt),
+            "continuation": tokenizer.decode(drawn),
+        },
+    }
+    checkpoint.write_json(out / "target" / "facts.json", facts)
+    checkpoint.write_text(out / "target" / "README.md", card.model_card(cfg, size, facts))
+    style.save(card.loss_figure(rows, scores["unigram_entropy"]), out / "figures", "loss")
+    print((out / "target" / "README.md").read_text(), f"-> {out / 'target'}", sep="\n")
+    return scores
 
 
 if __name__ == "__main__":

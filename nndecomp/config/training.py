@@ -73,3 +73,17 @@ class PretrainConfig:
     n_ctx: int
     vocab_size: int  # byte-level BPE
     tokenizer_documents: int  # documents of the training split that the tokenizer is trained on
+
+    def __post_init__(self) -> None:
+        require(
+            self.n_heads > 0 and self.d_model % (2 * self.n_heads) == 0,
+            f"pretrain.d_model={self.d_model} must divide into pretrain.n_heads={self.n_heads} heads of even width",
+        )
+        require(
+            0 < self.n_kv_heads <= self.n_heads and self.n_heads % self.n_kv_heads == 0,
+            f"pretrain.n_kv_heads={self.n_kv_heads} must divide pretrain.n_heads={self.n_heads}",
+        )
+        require(
+            self.vocab_size > 257,
+            f"pretrain.vocab_size={self.vocab_size} must exceed 257: all bytes and the end of text",
+        )

@@ -53,7 +53,7 @@ def model_card(cfg: RunConfig, size: PretrainConfig, facts: Mapping[str, Any]) -
     """README.md of the target's directory. `facts` are those of facts.json beside it."""
     scores, sample = facts["scores"], facts["sample"]
     singles = "\n".join(
-        f"| MLP of layer {layer} | +{scores[f'zero_L{layer}.mlp_out']:.3f} |" for layer in range(size.n_layers)
+        f"| MLP of layer {layer} | {scores[f'zero_L{layer}.mlp_out']:+.3f} |" for layer in range(size.n_layers)
     )
     return f"""# A small language model to be taken apart
 
@@ -76,7 +76,7 @@ Measured on {facts["n_evaluated"]:,} tokens each. What zero-ablation adds to the
 
 | zero-ablated | nats |
 |---|---|
-| all MLPs | +{scores["zero_all"]:.3f} |
+| all MLPs | {scores["zero_all"]:+.3f} |
 {singles}
 
 A sample at temperature {sample["temperature"]}; up to the mark ⟫ it is held-out text, the rest is the model's:

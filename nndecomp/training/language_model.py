@@ -3,11 +3,12 @@
 loss = - mean over predicted positions of  log p(token_{i+1} | token_0 .. token_i)      in nats
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP
@@ -57,7 +58,9 @@ class TokenBatches:
 
 
 @torch.no_grad()
-def cross_entropy(model: LlamaSimpleMLP, batch: TokenBatch, batch_seqs: int) -> float:
-    """Mean next-token cross-entropy over a batch too large to run at once, in nats."""
-    sums = [next_token_loss(model(part.tokens), part, "sum").double() for part in batch.split(batch_seqs)]
-    return float(torch.stack(sums).sum() / batch.mask[:, 1:].sum())
+def cross_entropy(
+    predict: Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos vocab"]], batch: TokenBatch, batch_seqs: int
+) -> float:
+    """Mean next-token cross-entropy of a model, or of a target's `logits`, `batch_seqs` sequences at a time; nats."""
+    sums = [next_token_loss(predict(part.tokens), part, "sum").double().cpu() for part in batch.split(batch_seqs)]
+    return float(torch.stack(sums).sum() / batch.mask[:, 1:].sum().cpu())
