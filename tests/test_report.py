@@ -90,6 +90,14 @@ def test_terminal_and_markdown_are_rectangular():
     assert {line.count("|") for line in markdown(lines).splitlines()} == {len(lines.columns) + 1}
 
 
+def test_titles_say_which_layers():
+    def title(layers: str) -> str:
+        return figures.pareto(made_up().assign(layers=layers).astype({"layers": "string"})).get_suptitle()
+
+    assert title("2") == "toy, layer 2 replaced (target CE 2.000 nats)"
+    assert "layers 0 to 3 replaced" in title("0,1,2,3") and "layers 0,2 replaced" in title("0,2")
+
+
 def test_csv_keeps_the_raw_numbers():
     import io
 

@@ -25,8 +25,8 @@ def ablated_cross_entropy(target: Target, batch: TokenBatch, layers: Sequence[in
         return cross_entropy(target.logits, batch, batch_seqs)
 
 
-def target_scores(target: Target, training: TokenBatch, heldout: TokenBatch, batch_seqs: int) -> dict[str, float]:
-    """Cross-entropies, and what zero-ablation adds to the held-out one: of all MLPs, and of each alone; nats."""
+def target_scores(target: Target, heldout: TokenBatch, batch_seqs: int) -> dict[str, float]:
+    """Held-out cross-entropy, and what zero-ablation adds to it: of all MLPs, and of each alone; nats."""
     ce = cross_entropy(target.logits, heldout, batch_seqs)
     layers = range(target.shape.n_layers)
     ablated = {
@@ -34,7 +34,6 @@ def target_scores(target: Target, training: TokenBatch, heldout: TokenBatch, bat
     }
     ablated["zero_all"] = ablated_cross_entropy(target, heldout, layers, batch_seqs)
     return {
-        "ce_training": cross_entropy(target.logits, training, batch_seqs),
         "ce_heldout": ce,
         "unigram_entropy": unigram_entropy(heldout),
         **{name: value - ce for name, value in ablated.items()},

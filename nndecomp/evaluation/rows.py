@@ -89,7 +89,7 @@ def read_rows(path: Path) -> "pandas.DataFrame":
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
         raise SettingError(f"runs: {path} is not a table of measurements, it has no column {', '.join(missing)}")
-    return frame[list(COLUMNS)].astype(COLUMNS)
+    return frame.loc[:, list(COLUMNS)].astype(COLUMNS)
 
 
 def _check(frame: "pandas.DataFrame", where: str) -> None:

@@ -14,12 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, SymmetricalLogLocator
 
 from nndecomp.report import style
-from nndecomp.report.tables import wide
+from nndecomp.report.results import Result, results
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REFERENCES = {"ce_increase_zero": ("zero ablation", "-."), "ce_increase_mean": ("mean ablation", ":")}
-# What a line on a plot has in common; k varies along it, seeds scatter around it.
-SERIES = ["architecture", "activation", "n_features"]
 
 
 def pareto(rows: pandas.DataFrame, axis: str = "active_per_reconstruction") -> Figure:
@@ -38,9 +36,9 @@ def fvu_against_l0(rows: pandas.DataFrame) -> Figure:
 
 
 def _draw(rows: pandas.DataFrame, axes: Sequence[str], metric: str) -> Figure:
-    points = wide(rows)
+    points = results(rows)
     for what in ("target", "layers"):
-        found = sorted(points[what].unique())
+        found = sorted({getattr(point.context, what) for point in points})
         assert len(found) == 1, f"one figure compares on one {what}, these rows have {', '.join(found)}"
     with matplotlib.rc_context(style.RC):
         columns = min(len(axes), 3)
@@ -62,40 +60,70 @@ def _draw(rows: pandas.DataFrame, axes: Sequence[str], metric: str) -> Figure:
     return figure
 
 
-def _title(points: pandas.DataFrame) -> str:
-    layers = points["layers"].iloc[0].split(",")
-    what = f"layer {layers[0]}" if len(layers) == 1 else f"all {len(layers)} layers"
-    where = f"{points['target'].iloc[0]}, {what} replaced"
-    return f"{where} (target CE {points['ce_clean'].mean():.3f} nats)" if "ce_clean" in points else where
+def _title(points: Sequence[Result]) -> str:
+    context = points[0].context
+    layers = [int(layer) for layer in context.layers.split(",")]
+    together = layers == list(range(layers[0], layers[0] + len(layers)))
+    which = f"{layers[0]} to {layers[-1]}" if together else context.layers
+    what = f"layer {layers[0]}" if len(layers) == 1 else f"layers {which}"
+    return f"{context.target}, {what} replaced (target CE {_mean(points, 'ce_clean'):.3f} nats)"
 
 
-def _variants(points: pandas.DataFrame, architecture: str) -> list[tuple[str, int]]:
+def _mean(points: Sequence[Result], metric: str) -> float:
+    return sum(point[metric].value for point in points) / len(points)
+
+
+def _variants(points: Sequence[Result], architecture: str) -> list[tuple[str, int]]:
     """Activation functions and sizes in which an architecture occurs: told apart by markers."""
-    own = points[points.architecture == architecture]
-    return sorted(set(zip(own.activation, own.n_features, strict=True)))
+    own = [point.context for point in points if point.context.architecture == architecture]
+    return sorted({(context.activation, context.n_features) for context in own})
 
 
-def _look(points: pandas.DataFrame, architecture: str, variant: tuple[str, int]) -> tuple[str, str]:
+def _architectures(points: Sequence[Result]) -> list[str]:
+    """The baseline last."""
+    return sorted({p.context.architecture for p in points}, key=lambda name: (name == "neurons", name))
+
+
+def _look(points: Sequence[Result], architecture: str, variant: tuple[str, int]) -> tuple[str, str]:
     """Colour by architecture, marker by variant."""
     marker = MARKERS[_variants(points, architecture).index(variant) % len(MARKERS)]
-    return style.colour(architecture, sorted(points.architecture.unique())), marker
+    return style.colour(architecture, _architectures(points)), marker
 
 
-def _panel(panel: Axes, points: pandas.DataFrame, axis: str, metric: str, label_references: bool) -> None:
-    for (architecture, activation, n_features, inputs), part in points.groupby([*SERIES, "inputs"]):
+def _series(points: Sequence[Result]) -> dict[tuple[str, str, int, str], list[Result]]:
+    """Points that one line joins: k varies along it, seeds scatter around it."""
+    series: dict[tuple[str, str, int, str], list[Result]] = {}
+    for point in points:
+        c = point.context
+        series.setdefault((c.architecture, c.activation, c.n_features, point.inputs), []).append(point)
+    return series
+
+
+def _line(part: Sequence[Result], axis: str, metric: str) -> list[tuple[float, float]]:
+    """Means over seeds, by x. Where there is no k, every point is a setting of its own."""
+    settings: dict[float, list[Result]] = {}
+    for point in part:
+        k = point.context.k
+        settings.setdefault(-point[axis].value if math.isnan(k) else k, []).append(point)
+    return sorted((_mean(same, axis), _mean(same, metric)) for same in settings.values())
+
+
+def _panel(panel: Axes, points: Sequence[Result], axis: str, metric: str, label_references: bool) -> None:
+    for (architecture, activation, n_features, inputs), part in _series(points).items():
         colour, marker = _look(points, architecture, (activation, n_features))
         live = inputs == "live"
+        x, y = [point[axis].value for point in part], [point[metric] for point in part]
         # Drawn from end to end: a percentile interval need not hold its own estimate.
-        panel.vlines(part[axis], part[f"{metric}_low"], part[f"{metric}_high"], color=colour, linewidth=1.2, zorder=3)
+        panel.vlines(x, [e.low for e in y], [e.high for e in y], color=colour, linewidth=1.2, zorder=3)
         face = colour if live else "white"
-        panel.plot(part[axis], part[metric], marker, color=colour, markerfacecolor=face, zorder=5 if live else 4)
-        # The line runs through the mean over seeds; where there is no k, every point is a setting of its own.
-        line = part.groupby(part.k.fillna(-part[axis]))[[axis, metric]].mean().sort_values(axis)
-        panel.plot(line[axis], line[metric], "-" if live else "--", color=colour, zorder=2)
-    references = {name: points[name].mean() for name in REFERENCES if metric == "ce_increase" and name in points}
+        panel.plot(x, [e.value for e in y], marker, color=colour, markerfacecolor=face, zorder=5 if live else 4)
+        panel.plot(*zip(*_line(part, axis, metric), strict=True), "-" if live else "--", color=colour, zorder=2)
+    references = {name: _mean(points, name) for name in REFERENCES} if metric == "ce_increase" else {}
+    estimates = [point[metric] for point in points]
+    values = [*(e.value for e in estimates), *references.values()]
     panel.set_xscale("log")
     panel.set_xlabel(style.AXES[axis])
-    _scale_y(panel, [*points[metric], *references.values()], [*points[f"{metric}_low"], *points[f"{metric}_high"]])
+    _scale_y(panel, values, [end for e in estimates for end in (e.low, e.high)])
     _plain_ticks(panel)
     heights = {
         name: panel.transLimits.transform(panel.transScale.transform((1, y)))[1] for name, y in references.items()
@@ -156,10 +184,10 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _legend(points: pandas.DataFrame) -> list[Line2D]:
+def _legend(points: Sequence[Result]) -> list[Line2D]:
     """One entry a method, then what filled and open markers mean."""
     entries = []
-    for architecture in sorted(points.architecture.unique(), key=lambda name: (name == "neurons", name)):
+    for architecture in _architectures(points):
         variants = _variants(points, architecture)
         for activation, n_features in variants:
             colour, marker = _look(points, architecture, (activation, n_features))
@@ -175,4 +203,4 @@ def _legend(points: pandas.DataFrame) -> list[Line2D]:
             [], [], color="black", marker="o", markerfacecolor="white", linestyle="--", label="clean inputs"
         ),
     }
-    return [*entries, *(meaning[inputs] for inputs in meaning if (points.inputs == inputs).any())]
+    return [*entries, *(meaning[inputs] for inputs in meaning if any(point.inputs == inputs for point in points))]
