@@ -66,7 +66,7 @@ class DecompositionConfig:
     aux_coefficient: float = 1 / 32  # aux-k: dead features reconstruct the residual; 0 switches it off
     aux_k: int = 64
     dead_after_tokens: int = 1_000_000  # a feature that has not fired for so long is dead
-    threshold_rate: float = 0.01  # batchtopk: moving average of the smallest value kept
+    threshold_rate: float = 0.1  # batchtopk: moving average of the smallest value kept; 0.01 lags 100 steps behind
     jumprelu_threshold: float = 0.1  # initial
     jumprelu_bandwidth: float = 0.1  # of the rectangle kernel, in units of the pre-activations
 

@@ -25,7 +25,7 @@ class ActivationSpec:
     kind: Activation
     scope: Scope = Scope.group
     k: tuple[int, ...] = ()  # topk, batchtopk: one a group
-    threshold_rate: float = 0.01  # batchtopk: of the moving average
+    threshold_rate: float = 0.1  # batchtopk: of the moving average
     initial_threshold: float = 0.1  # jumprelu
     bandwidth: float = 0.1  # jumprelu
 
