@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from training_parts import QUIET, Regression, Rows, training
@@ -33,13 +34,14 @@ class Drawing(Rows):
     """Also draws from the global generators, which a restart has to restore."""
 
     def next_batch(self) -> Tensor:
-        return super().next_batch() + 0.01 * torch.rand(()) + 0.01 * random.random()
+        return super().next_batch() + 0.01 * torch.rand(()) + 0.01 * random.random() + 0.01 * float(np.random.rand())
 
 
 def attempt(out: Path, seconds: float, seed: int = 0) -> None:
     """One start of the run: what a job does, from its beginning."""
     torch.manual_seed(seed)
     random.seed(seed)
+    np.random.seed(seed)
     objectives = {"a": Heavy(dropout=0.5), "b": Heavy(dropout=0.1)}
     with Log(out, QUIET) as log:
         train(

@@ -268,3 +268,19 @@ def test_the_clock_tells_waiting_from_working():
     assert lap["tokens_per_s"] == pytest.approx(80 / lap["seconds"], rel=0.01)
     clock.count(1)
     assert clock.lap()["waiting_share"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # wandb's own
+def test_wandb_offline_keeps_rows_and_goes_on_under_the_same_id(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("training: {lr: 0.5}\n")
+    ids = []
+    for step in (1, 2):
+        with Log(tmp_path, LogConfig(wandb=Wandb.offline), name="exp/1") as log:
+            log.write(step, {"name": "sae", "loss": 0.5})
+            ids.append(log.wandb.id)
+            assert log.wandb.config["training"] == {"lr": 0.5}
+            assert log.wandb.summary["sae/loss"] == 0.5
+    assert ids[0] == ids[1]
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) >= 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

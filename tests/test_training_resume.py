@@ -91,7 +91,7 @@ def values(tree: Any) -> Any:
 
 def test_killed_at_random_instants(start: Callable[..., Start], undisturbed: Any, tmp_path: Path):
     draw = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         process = start(tmp_path, 0.01)  # too slow to finish between two kills
         process.wait_until_it_trains()
         time.sleep(draw.uniform(0.0, 0.15))
@@ -118,7 +118,7 @@ def test_killed_while_a_checkpoint_is_written(start: Callable[..., Start], undis
 
 def test_told_to_stop_and_started_again(start: Callable[..., Start], undisturbed: Any, tmp_path: Path):
     """SIGTERM, as before preemption: the process saves, and leaves with a status of its own."""
-    for _ in range(3):
+    for _ in range(2):
         process = start(tmp_path, 0.01)
         process.wait_until_it_trains()
         assert process.tell(signal.SIGTERM) == EXIT_STATUS

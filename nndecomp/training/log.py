@@ -40,13 +40,13 @@ def check_log(cfg: LogConfig) -> None:
 class Log:
     """Rows of one run. `with Log(...) as log` closes both files, also when training stops early."""
 
-    def __init__(self, out: Path, cfg: LogConfig, name: str = "", settings: Mapping[str, Any] | None = None) -> None:
-        """name and settings: what wandb shows the run as."""
+    def __init__(self, out: Path, cfg: LogConfig, name: str = "") -> None:
+        """name: what wandb shows the run as; beside it, the settings in <out>/config.yaml."""
         check_log(cfg)
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "metrics.jsonl"
         self.file = self.path.open("ab")
-        self.wandb = None if cfg.wandb is Wandb.disabled else start_wandb(out, cfg, name, settings or {})
+        self.wandb = None if cfg.wandb is Wandb.disabled else start_wandb(out, cfg, name)
 
     def __enter__(self) -> "Log":
         return self
@@ -89,14 +89,16 @@ def flat(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def start_wandb(out: Path, cfg: LogConfig, name: str, settings: Mapping[str, Any]) -> Any:
+def start_wandb(out: Path, cfg: LogConfig, name: str) -> Any:
     """A wandb run whose id is kept in the run directory, so that a run started again goes on in the same place.
 
     wandb keeps the first value it saw of a step: rows that are written again after a restart are dropped there, and
     they are the same rows.
     """
     import wandb
+    import yaml
 
+    settings = out / "config.yaml"
     identity = out / "wandb.json"
     if not identity.exists():
         write_json(identity, {"id": uuid.uuid4().hex[:12]})
@@ -110,7 +112,7 @@ def start_wandb(out: Path, cfg: LogConfig, name: str, settings: Mapping[str, Any
             entity=cfg.entity,
             group=cfg.group,
             name=name or None,
-            config=dict(settings),
+            config=yaml.safe_load(settings.read_text()) if settings.exists() else None,
             settings=wandb.Settings(init_timeout=WANDB_INIT_SECONDS),
         )
     except wandb.errors.CommError as error:
