@@ -71,7 +71,7 @@ def test_zero_ablation_is_what_a_model_without_the_weights_computes(tokenizer):
     expected = cross_entropy(without, rows, 1)
     target = LlamaSimpleMLPTarget("t", model(), tokenizer)
     assert math.isclose(ablated_cross_entropy(target, rows, [1], 1), expected, rel_tol=1e-6)
-    scores = target_scores(target, rows, rows, 1)
+    scores = target_scores(target, rows, 1)
     assert math.isclose(scores["zero_L1.mlp_out"], expected - scores["ce_heldout"], abs_tol=1e-6)
 
 

@@ -43,8 +43,6 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     device = build.device(cfg)
     texts = islice(training_documents(cfg.tokens, cfg.seed), size.tokenizer_documents)
     tokenizer = train_tokenizer(texts, size.vocab_size, size.n_ctx)
-    tokens = open_tokens(cfg.tokens, tokenizer, cfg.seed)
-    training = tokens.next_batch(cfg.evaluation.n_seqs).to(device)
     heldout = heldout_tokens(cfg.tokens, tokenizer, cfg.evaluation.n_seqs).to(device)
     model = LlamaSimpleMLP(
         LlamaSimpleMLPConfig(
@@ -74,7 +72,8 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
 
     target = load_target(TargetConfig(kind=TargetKind.llama_simple_mlp, path=str(out / "target")), device)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    scores = target_scores(target, training, heldout, batch_seqs)
+    late = [row["ce"] for row in rows if row["name"] == "model" and row["tokens"] > 0.9 * cfg.training.n_tokens]
+    scores = {"ce_training": sum(late) / len(late), **target_scores(target, heldout, batch_seqs)}
     prompt = heldout.tokens[0, : min(PROMPT, seq_len // 2)]
     drawn = continuation(target, prompt, min(SAMPLE, size.n_ctx - len(prompt)), TEMPERATURE, cfg.seed)
     facts = {

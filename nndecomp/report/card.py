@@ -4,23 +4,28 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from nndecomp.config.schema import PretrainConfig, RunConfig, TokensConfig, TokensKind, TrainingConfig
-from nndecomp.report.style import COLOURS, GREY, OTHER
+from nndecomp.report.style import COLOURS, GREY, RC
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]], unigram: float) -> Figure:
     """Cross-entropy in training and on held-out text against tokens seen, from metrics.jsonl."""
-    figure = Figure(figsize=(4.5, 3.0), layout="constrained")
-    axes = figure.subplots()
-    for name, label, colour in (("model", "training", COLOURS["transcoder"]), ("heldout", "held-out", OTHER[0])):
-        points = [(row["tokens"] / 1e6, row["ce"]) for row in rows if row["name"] == name]
-        axes.plot(*zip(*points, strict=True), label=label, color=colour)
-    axes.axhline(unigram, color=GREY, linestyle=":", label="unigram entropy")
-    axes.set_xlabel("tokens (millions)")
-    axes.set_ylabel("cross-entropy (nats)")
-    axes.legend()
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(4.5, 3.0), layout="constrained")
+        axes = figure.subplots()
+        for name, label, look in (
+            ("model", "training", {"color": COLOURS["transcoder"]}),
+            ("heldout", "held-out", {"color": COLOURS["cross_layer_transcoder"], "marker": "o", "markersize": 3}),
+        ):
+            points = [(row["tokens"] / 1e6, row["ce"]) for row in rows if row["name"] == name]
+            axes.plot(*zip(*points, strict=True), label=label, **look)
+        axes.axhline(unigram, color=GREY, linestyle=":", label="unigram entropy")
+        axes.set_xlabel("tokens (millions)")
+        axes.set_ylabel("cross-entropy (nats)")
+        axes.legend()
     return figure
 
 
@@ -68,11 +73,11 @@ context {size.n_ctx}, {size.vocab_size} tokens, {facts["n_parameters"]:,} parame
 
 | nats per token | |
 |---|---|
-| cross-entropy, training text | {scores["ce_training"]:.3f} |
+| cross-entropy, training text, mean over the last tenth of training | {scores["ce_training"]:.3f} |
 | cross-entropy, held-out text | {scores["ce_heldout"]:.3f} |
 | unigram entropy of the held-out text | {scores["unigram_entropy"]:.3f} |
 
-Measured on {facts["n_evaluated"]:,} tokens each. What zero-ablation adds to the held-out cross-entropy:
+Held-out numbers are of {facts["n_evaluated"]:,} tokens. What zero-ablation adds to the held-out cross-entropy:
 
 | zero-ablated | nats |
 |---|---|
