@@ -1,5 +1,6 @@
 """Sweeps through a real queue, on a cluster of two virtual nodes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from slurm.cluster import Cluster, cluster, missing, wait_until
 
 from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, save
 from nndecomp.tokens.tokenizer import train_tokenizer
-from slurm.cluster import Cluster, cluster, missing, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 REPO = Path(__file__).parents[1]
@@ -64,8 +65,8 @@ def test_a_sweep_runs_through_the_queue_and_leaves_finished_runs(slurm: Cluster,
     runs = sorted(path.parent for path in sweep.glob("*/scores.json"))
     assert len(runs) == 2, f"{len(runs)} finished runs below {sweep}"
     assert weights(runs[0]).keys() == weights(runs[1]).keys() != set()
-    ended = slurm.run("scontrol", "-o", "show", "job").splitlines()
-    assert sum("JobState=COMPLETED" in job for job in ended) == 2, f"not run by SLURM: {ended}"
+    completed = "JobState=COMPLETED"
+    wait_until(lambda: slurm.run("scontrol", "show", "job").count(completed) == 2, 30, "SLURM has seen both jobs end")
 
 
 def test_a_preempted_job_goes_on_and_ends_as_one_never_stopped(slurm: Cluster, target: Path, tmp_path: Path):
@@ -75,14 +76,20 @@ def test_a_preempted_job_goes_on_and_ends_as_one_never_stopped(slurm: Cluster, t
     with (tmp_path / "launch.log").open("w") as log:
         launch = subprocess.Popen(command(target, *preemptible), env=slurm.env, stdout=log, stderr=log)
 
-    wait_until(lambda: any(sweep.glob("*/checkpoint/step_*/state.json")), 120, f"a checkpoint\n{said_by(sweep)}")
+    wait_until(lambda: any(sweep.glob("*/checkpoint/step_*/state.json")), 300, f"a checkpoint\n{said_by(sweep)}")
     (number,) = slurm.jobs()
     slurm.run("sbatch", "--partition=main", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     wait_until(lambda: "Restarts=1" in slurm.run("scontrol", "-o", "show", "job", number), 60, "the job is requeued")
     assert not list(sweep.glob("*/scores.json")), "the job had ended before it was preempted"
+    # Logged before the checkpoint that the job left, with its timings: a job that started from nothing has others.
+    *_, checkpoint = sorted(sweep.glob("*/checkpoint/step_*/state.json"))
+    metrics = checkpoint.parents[2] / "metrics.jsonl"
+    kept = metrics.read_bytes()[: json.loads(checkpoint.read_text())["log_bytes"]]
+    assert kept
 
     subprocess.run(command(target, f"hydra.run.dir={calm}", *long), env=slurm.env, check=True, capture_output=True)
-    assert launch.wait(timeout=240) == 0, f"{(tmp_path / 'launch.log').read_text()[-3000:]}\n{said_by(sweep)}"
+    assert launch.wait(timeout=600) == 0, f"{(tmp_path / 'launch.log').read_text()[-3000:]}\n{said_by(sweep)}"
     (scores,) = sweep.glob("*/scores.json")
     assert scores.read_text() == (calm / "scores.json").read_text()
+    assert metrics.read_bytes().startswith(kept), "the job started from nothing"
     assert weights(scores.parent) == weights(calm), "the preempted run ended with other weights"
