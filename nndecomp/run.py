@@ -94,8 +94,8 @@ def run(cfg: RunConfig, out: Path, main: Main) -> dict[str, float]:
     checkpoint.write_provenance(out)
     build.process(cfg)
     scores = main(cfg, out)
+    log.info("done: %s", out)
     checkpoint.write_scores(out, scores)
-    log.info("finished: %s", out)
     return scores
 
 

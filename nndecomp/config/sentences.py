@@ -64,8 +64,9 @@ def missing_option(error: MissingConfigException, conf: Path) -> str:
 
 
 def root(error: BaseException) -> BaseException:
-    """What OmegaConf said first, beneath what Hydra wrapped around it."""
-    return error if error.__cause__ is None else root(error.__cause__)
+    """What OmegaConf said, beneath what Hydra wrapped around it."""
+    beneath = error.__cause__ or error.__context__
+    return beneath if isinstance(beneath, OmegaConfBaseException) else error
 
 
 def sentence(error: BaseException, conf: Path) -> str:
