@@ -9,7 +9,8 @@ from torch import Tensor
 from nndecomp.activations.harvest import Harvester
 from nndecomp.types import Layout, Site
 
-CHUNK_ROWS = 512  # rows cast to float64 at a time: they stay in the cache
+# Numbers cast to float64 at a time: on a CPU they stay in the cache, on a GPU they are few launches.
+CPU_CHUNK, GPU_CHUNK = 2**18, 2**26
 
 
 class RunningStatistics:
@@ -27,11 +28,13 @@ class RunningStatistics:
         self.m2 = torch.zeros(width, dtype=torch.float64)
 
     def update(self, rows: Float[Tensor, "token width"]) -> None:
-        for chunk in rows.split(CHUNK_ROWS):
-            # MPS has no float64.
-            exact = (chunk.cpu() if chunk.device.type == "mps" else chunk).double()
+        # MPS has no float64.
+        rows = rows.cpu() if rows.device.type == "mps" else rows
+        at_a_time = (CPU_CHUNK if rows.device.type == "cpu" else GPU_CHUNK) // rows.shape[1]
+        for chunk in rows.split(max(1, at_a_time)):
+            exact = chunk.to(torch.float64, copy=True)
             mean = exact.mean(0)
-            self.merge(len(chunk), mean, (exact - mean).square().sum(0))
+            self.merge(len(chunk), mean, exact.sub_(mean).square_().sum(0))
 
     def merge(self, count: int, mean: Float[Tensor, "width"], m2: Float[Tensor, "width"]) -> None:
         """Take in the statistics of `count` further rows."""

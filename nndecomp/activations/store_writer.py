@@ -28,8 +28,8 @@ def shard_rows_for(row_bytes: int) -> int:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, whatever its dtype."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    """The content of a tensor, whatever its dtype and device."""
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class _Rows:
@@ -38,7 +38,7 @@ class _Rows:
     def __init__(self, harvester: Harvester, skip: int) -> None:
         self.harvester = harvester
         self.state = harvester.state_dict()
-        self.rows = harvester.next_rows().cpu()
+        self.rows = harvester.next_rows()
         self.used = skip
 
     def take(self, n: int) -> Iterator[Float[Tensor, "token width"]]:
@@ -46,7 +46,7 @@ class _Rows:
         while n > 0:
             if self.used == len(self.rows):
                 self.state = self.harvester.state_dict()
-                self.rows, self.used = self.harvester.next_rows().cpu(), 0
+                self.rows, self.used = self.harvester.next_rows(), 0
             piece = self.rows[self.used : self.used + n]
             self.used += len(piece)
             n -= len(piece)
