@@ -1,5 +1,6 @@
 """Laws of tables and figures, on rows made up so that the right answer is known."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from nndecomp.errors import SettingError
 from nndecomp.evaluation.rows import Context, Measurement, join, table, write_rows
 from nndecomp.report import figures, style
 from nndecomp.report.collect import collect, find_runs
-from nndecomp.report.tables import csv, markdown, notices, summary, terminal, wide
+from nndecomp.report.tables import comma_separated, markdown, notices, summary, terminal, wide
 
 
 def made_up(
@@ -99,10 +100,8 @@ def test_titles_say_which_layers():
 
 
 def test_csv_keeps_the_raw_numbers():
-    import io
-
     lines = wide(made_up(increase=1 / 3))
-    back = pandas.read_csv(io.StringIO(csv(lines)))
+    back = pandas.read_csv(io.StringIO(comma_separated(lines)))
     assert back.ce_increase.tolist() == lines.ce_increase.tolist()
 
 

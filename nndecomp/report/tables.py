@@ -1,5 +1,7 @@
 """Results -> one line a decomposition, and that as text."""
 
+import csv
+import io
 import math
 import textwrap
 from collections.abc import Mapping
@@ -97,9 +99,13 @@ def markdown(table: pandas.DataFrame) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def csv(table: pandas.DataFrame) -> str:
+def comma_separated(table: pandas.DataFrame) -> str:
     """For a spreadsheet: of `wide`, raw numbers; of `summary`, what a reader sees."""
-    return table.to_csv(index=False)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows(table.itertuples(index=False, name=None))
+    return text.getvalue()
 
 
 def _text(table: pandas.DataFrame) -> list[dict[str, str]]:
