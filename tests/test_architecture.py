@@ -34,6 +34,7 @@ WRITERS = {
     "nndecomp/report/style.py",
     "nndecomp/run.py",
     "nndecomp/targets/llama_simple_mlp.py",
+    "nndecomp/targets/wandb_runs.py",
     "nndecomp/tokens/tokenizer.py",
     "nndecomp/training/log.py",
     "nndecomp/training/state.py",

@@ -141,11 +141,13 @@ def test_heads_and_whole_of_one_site_can_be_patched_together(target: LlamaSimple
     assert torch.equal(patched, expected)
 
 
-def test_a_recorded_value_is_not_changed_by_later_patches(target: LlamaSimpleMLPTarget) -> None:
-    mid = Site(1, Point.resid_mid)
+@pytest.mark.parametrize("patched", ["L1.resid_mid", "L1.z.h2"])
+def test_a_value_that_was_seen_is_not_changed_by_later_patches(target: LlamaSimpleMLPTarget, patched: str) -> None:
+    site = Site.parse(patched)
+    whole = Site(site.layer, site.point)
     seen: list[Tensor] = []
-    clean = target.record(TOKENS, [mid])[mid].clone()
-    with target.patch({mid: lambda value: seen.append(value)}), target.patch({mid: torch.zeros_like}):
+    clean = target.record(TOKENS, [whole])[whole].clone()
+    with target.patch({whole: lambda value: seen.append(value)}), target.patch({site: torch.zeros_like}):
         target.logits(TOKENS)
     assert torch.equal(seen[0], clean)
 
