@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import zstandard
 from test_tokens import BOS, N_DOCUMENTS, TEXTS, word_tokenizer
 
 from nndecomp.config.schema import Packing, TokensConfig, TokensKind
@@ -63,6 +64,12 @@ def write(directory: Path, kind: str) -> TokensConfig:
         case "saved splits":
             datasets.DatasetDict(train=rows()).save_to_disk(path)
             source = TokensKind.hub
+        case "compressed":  # as the Pile lies on the Hub
+            (path / "train").mkdir(parents=True)
+            for i in range(3):
+                lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[i::3])
+                (path / "train" / f"{i:02}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+            source = TokensKind.hub
         case "streamed":
             hub_layout(path)
             source = TokensKind.hub
@@ -71,11 +78,11 @@ def write(directory: Path, kind: str) -> TokensConfig:
         path=str(path),
         seq_len=16,
         heldout_fraction=0.25,
-        shuffle_documents=7 if kind == "streamed" else 1000,
+        shuffle_documents=7 if kind in ("streamed", "compressed") else 1000,
     )
 
 
-KINDS = ["txt", "jsonl", "glob", "saved", "saved splits", "streamed"]
+KINDS = ["txt", "jsonl", "glob", "saved", "saved splits", "streamed", "compressed"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
