@@ -115,8 +115,12 @@ def test_folding_the_scales_in_changes_units_and_nothing_else(settings):
     folded = copy.deepcopy(made)
     folded.fold(scales)
     raw = inputs(made)
-    s_read = torch.cat([torch.full((w,), scales[s]) for s, w in zip(made.read_layout.sites, made.read_layout.widths, strict=True)])
-    s_write = torch.cat([torch.full((w,), scales[s]) for s, w in zip(made.write_layout.sites, made.write_layout.widths, strict=True)])
+    s_read = torch.cat(
+        [torch.full((w,), scales[s]) for s, w in zip(made.read_layout.sites, made.read_layout.widths, strict=True)]
+    )
+    s_write = torch.cat(
+        [torch.full((w,), scales[s]) for s, w in zip(made.write_layout.sites, made.write_layout.widths, strict=True)]
+    )
     y_hat, codes = made(raw / s_read)
     y_raw, codes_raw = folded(raw)
     torch.testing.assert_close(y_raw, y_hat * s_write)
@@ -138,8 +142,7 @@ def test_a_finished_dictionary_equals_the_one_in_training_on_raw_rows(settings):
     y_hat, codes = finished(x)
     spread = (y - y.mean(0)).square()
     each = [
-        ((y - y_hat)[:, span].square().sum() / spread[:, span].sum())
-        for span in finished.write_layout.spans.values()
+        ((y - y_hat)[:, span].square().sum() / spread[:, span].sum()) for span in finished.write_layout.spans.values()
     ]
     torch.testing.assert_close(torch.stack(each).mean(), metrics["fvu"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(codes.counts().float().mean(), metrics["l0"], rtol=0.02, atol=0.02)

@@ -139,7 +139,9 @@ def test_aux_k_treats_the_residual_as_given_and_compares_it_without_the_bias():
 
 def test_aux_k_of_a_perfect_reconstruction_is_0_and_finite():
     W_enc = torch.randn(8, 4, requires_grad=True)
-    aux = losses.aux_k(torch.zeros(5, 3), torch.randn(5, 4), W_enc, torch.zeros(8), torch.randn(8, 3), torch.tensor([0]), 1)
+    aux = losses.aux_k(
+        torch.zeros(5, 3), torch.randn(5, 4), W_enc, torch.zeros(8), torch.randn(8, 3), torch.tensor([0]), 1
+    )
     aux.backward()
     assert float(aux.detach()) == 0 and W_enc.grad is not None and W_enc.grad.isfinite().all()
 
@@ -188,3 +190,30 @@ def test_saved_state_continues_bit_for_bit(activation):
     assert torch.equal(first.dictionary.banks[0].W_enc.grad, second.dictionary.banks[0].W_enc.grad)
     ours, theirs = first.state_dict(), second.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_in_bf16_autocast_losses_and_gradients_stay_fp32(activation):
+    made = objective(**ACTIVATIONS[activation], dead_after_tokens=100)
+    for step in range(2):  # the second has dead features
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, metrics = made.loss(planted(made.layout, 100, seed=step), 0.5)
+        loss.backward()
+        made.after_step()
+    assert loss.dtype == torch.float32 and all(value.dtype == torch.float32 for value in metrics.values())
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in made.parameters())
+
+
+def test_metrics_carry_no_graph():
+    made = objective()
+    _, metrics = made.loss(planted(made.layout, 100), 0.5)
+    assert not any(value.requires_grad for value in metrics.values())
+    assert {"loss", "loss/reconstruction", "fvu", "l0", "dead", "l0/L0", "l0/L1", "l0/L2"} <= metrics.keys()
+
+
+def test_the_learned_threshold_keeps_k_features_on_new_rows():
+    made = objective(**ONE, activation=Activation.batchtopk, k=4)
+    train(made, 150, lr=3e-3)
+    finished = made.finished()
+    rows = planted(made.layout, 4000, seed=1234)
+    assert float(finished(rows[:, :D])[1].counts().float().mean()) == pytest.approx(4, abs=0.3)

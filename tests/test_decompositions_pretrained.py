@@ -89,3 +89,26 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(tmp_path):
         SparseDictionary.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(SettingError, match="neither a directory nor a Hub id"):
         SparseDictionary.from_pretrained("./some/where")
+
+
+def test_what_is_pushed_to_the_hub_can_be_loaded_from_it(tmp_path, monkeypatch):
+    """The Hub client's own calls are stood in for by a directory: there is no network in tests."""
+    import shutil
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    def create_repo(self, repo_id: str, **settings) -> None:
+        (tmp_path / repo_id).mkdir(parents=True)
+
+    def upload_folder(self, repo_id: str, folder_path, commit_message: str):
+        shutil.copytree(folder_path, tmp_path / repo_id, dirs_exist_ok=True)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **which: str(tmp_path / repo_id))
+    made = settled()
+    assert made.push_to_hub("someone/transcoders") == "https://hub/someone/transcoders"
+    loaded = SparseDictionary.from_pretrained("someone/transcoders")
+    assert torch.equal(loaded(inputs(made))[0], made(inputs(made))[0])

@@ -102,6 +102,24 @@ class DecompositionConfig:
             f"decomposition.penalty=l0 needs decomposition.activation=jumprelu, not {self.activation.value}",
         )
         require(
+            self.penalty is not Penalty.none or self.penalty_coefficient == 0,
+            f"decomposition.penalty_coefficient={self.penalty_coefficient} has no effect with decomposition.penalty=none",
+        )
+        require(
+            (self.k_start is None) == (self.k_anneal == 0),
+            f"decomposition.k_start={self.k_start} and decomposition.k_anneal={self.k_anneal} go together: "
+            "where k starts, and the share of training over which it moves to k",
+        )
+        for name in ("k_anneal", "penalty_warmup", "threshold_rate"):
+            require(
+                0 <= getattr(self, name) <= 1,
+                f"decomposition.{name}={getattr(self, name)} must lie between 0 and 1",
+            )
+        for name in ("penalty_coefficient", "aux_coefficient", "jumprelu_threshold"):
+            require(getattr(self, name) >= 0, f"decomposition.{name}={getattr(self, name)} must not be negative")
+        for name in ("aux_k", "dead_after_tokens", "jumprelu_bandwidth", "penalty_scale"):
+            require(getattr(self, name) > 0, f"decomposition.{name}={getattr(self, name)} must be positive")
+        require(
             not self.centre_input or self.reads == self.writes,
             f"decomposition.centre_input=true needs an SAE, but reads={self.reads} and writes={self.writes}",
         )
