@@ -57,6 +57,8 @@ def device(cfg: RunConfig) -> torch.device:
         case name if name.startswith("cuda"):
             n_devices, index = torch.cuda.device_count(), int(name.partition(":")[2] or 0)
             require(index < n_devices, f"device={name} is not among {n_devices} CUDA devices; write device=auto")
+        case _:
+            pass
     return torch.device(cfg.device)
 
 
@@ -199,16 +201,15 @@ def trained(cfg: RunConfig, target: Target, out: Path) -> dict[str, SparseDictio
     objectives = {
         name: DictionaryObjective(each, configs[name], rows.layout, site_scale) for name, each in dictionaries.items()
     }
-    look = None
-    if cfg.training.evaluate_every:
-        quick = replace(cfg.evaluation, patched=[Patched.all], bootstrap=1)
+    quick = replace(cfg.evaluation, patched=[Patched.all], bootstrap=1)
 
-        def look(step: int) -> dict[str, float]:
-            now = {name: [objective.finished()] for name, objective in objectives.items()}
-            return scores(measured(replace(cfg, evaluation=quick), target, now, out.name))
+    def look(step: int) -> dict[str, float]:
+        now = {name: [objective.finished()] for name, objective in objectives.items()}
+        return scores(measured(replace(cfg, evaluation=quick), target, now, out.name))
 
+    evaluate = look if cfg.training.evaluate_every else None
     with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as progress:
-        train(objectives, rows, cfg.training, out, log=progress, evaluate=look, description=cfg.name)
+        train(objectives, rows, cfg.training, out, log=progress, evaluate=evaluate, description=cfg.name)
     finished = {name: objective.finished() for name, objective in objectives.items()}
     for name, dictionary in finished.items():
         dictionary.save_pretrained(out / "decompositions" / name)
@@ -272,10 +273,8 @@ def context(cfg: RunConfig, target: Target, parts: Sequence[Decomposition], run:
 def scores(rows: "DataFrame") -> dict[str, float]:
     """The few numbers by which runs are compared at a glance, everything replaced: scores.json."""
     whole = rows[(rows.site == "all") & rows.metric.isin(["ce_increase", "fvu"])]
-    return {
-        f"{row.name_}/{row.metric}_{row.inputs}": row.value
-        for row in whole.rename(columns={"name": "name_"}).itertuples()
-    }
+    columns = (whole[column] for column in ("name", "metric", "inputs", "value"))
+    return {f"{name}/{metric}_{inputs}": value for name, metric, inputs, value in zip(*columns, strict=True)}
 
 
 def reported(rows: "DataFrame", out: Path) -> dict[str, float]:

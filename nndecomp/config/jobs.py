@@ -6,14 +6,14 @@ value that cannot work would be found in the queue. Here a sweep is spread out a
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # not public; Hydra is pinned below 1.4
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig
 
 from nndecomp.config.compose import compose_tree, refusing, resolve
 from nndecomp.config.schema import RunConfig
@@ -30,7 +30,7 @@ def only_asks(args: Namespace) -> bool:
     return bool(args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
 
 
-def job_overrides(overrides: Sequence[str], sweep_params: DictConfig) -> Iterator[list[str]]:
+def job_overrides(overrides: Sequence[str], sweep_params: Mapping[Any, Any]) -> Iterator[list[str]]:
     """One list of overrides a job: the product of the sweep's axes, the command line narrowing them."""
     axes = [f"{key}={values}" for key, values in sweep_params.items()]
     parsed = OverridesParser.create().parse_overrides([*axes, *overrides])

@@ -97,6 +97,7 @@ def start_wandb(out: Path, cfg: LogConfig, name: str) -> Any:
     """
     import wandb
     import yaml
+    from wandb.errors import CommError
 
     settings = out / "config.yaml"
     identity = out / "wandb.json"
@@ -115,5 +116,5 @@ def start_wandb(out: Path, cfg: LogConfig, name: str) -> Any:
             config=yaml.safe_load(settings.read_text()) if settings.exists() else None,
             settings=wandb.Settings(init_timeout=WANDB_INIT_SECONDS),
         )
-    except wandb.errors.CommError as error:
+    except CommError as error:
         require(False, f"log.wandb=online does not reach wandb ({error}); use log.wandb=offline and sync later")

@@ -14,7 +14,7 @@ class Objective(Protocol):
     has to survive a restart lives in parameters and buffers.
     """
 
-    def loss(self, batch: Any, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Any, progress: float, /) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and scalar terms to log, by name; all stay on the device.
 
         progress: share of the steps already made, from 0 up to but not including 1; it drives the objective's schedules.

@@ -36,7 +36,7 @@ def gradient_norms(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " parame
     norms = torch.zeros(len(parameters), device=parameters[0].device)
     if reached:
         gradients = [g for p in parameters if (g := p.grad) is not None]
-        values = torch.stack([n.float() for n in torch._foreach_norm(gradients)])
+        values = torch.stack([n.float() for n in torch._foreach_norm(gradients)])  # pyright: ignore[reportPrivateImportUsage]
         if len(reached) == len(parameters):
             return values
         norms[reached] = values
@@ -46,4 +46,4 @@ def gradient_norms(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " parame
 def clip_gradients(parameters: Sequence[nn.Parameter], norm: Float[Tensor, ""], clip_norm: float) -> None:
     """g <- g * min(1, clip_norm / norm), without asking the host; `norm` is the norm of all gradients together."""
     gradients = [g for p in parameters if (g := p.grad) is not None]
-    torch._foreach_mul_(gradients, (clip_norm / norm).clamp(max=1.0))
+    torch._foreach_mul_(gradients, (clip_norm / norm).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]

@@ -65,7 +65,7 @@ class Window:
 
 def check_parameters(objective: str, parameters: dict[str, nn.Parameter], step: int) -> None:
     """Raises NonFiniteError if a parameter has a NaN or an infinity after `step`; one sync."""
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(parameters.values()))])
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(parameters.values()))])  # pyright: ignore[reportPrivateImportUsage]
     for name, norm in zip(parameters, norms.tolist(), strict=True):
         if not math.isfinite(norm):
             raise NonFiniteError(f"{objective}: parameter {name} has norm {norm} after step {step}")
