@@ -280,7 +280,6 @@ def test_wandb_offline_keeps_rows_and_goes_on_under_the_same_id(tmp_path: Path):
             log.write(step, {"name": "sae", "loss": 0.5})
             ids.append(log.wandb.id)
             assert log.wandb.config["training"] == {"lr": 0.5}
-            assert log.wandb.summary["sae/loss"] == 0.5
     assert ids[0] == ids[1]
     assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) >= 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
