@@ -16,12 +16,12 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], unigram: float) -> Figure:
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(4.5, 3.0), layout="constrained")
         axes = figure.subplots()
-        for name, label, look in (
-            ("model", "training", {"color": COLOURS["transcoder"]}),
-            ("heldout", "held-out", {"color": COLOURS["cross_layer_transcoder"], "marker": "o", "markersize": 3}),
+        for name, label, colour, marker in (
+            ("model", "training", COLOURS["transcoder"], ""),
+            ("heldout", "held-out", COLOURS["cross_layer_transcoder"], "o"),
         ):
             points = [(row["tokens"] / 1e6, row["ce"]) for row in rows if row["name"] == name]
-            axes.plot(*zip(*points, strict=True), label=label, **look)
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=3)
         axes.axhline(unigram, color=GREY, linestyle=":", label="unigram entropy")
         axes.set_xlabel("tokens (millions)")
         axes.set_ylabel("cross-entropy (nats)")

@@ -45,7 +45,7 @@ class Documents(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Document: ...
+    def __getitem__(self, index: int, /) -> Document: ...
 
 
 def stdlib_documents(root: Path | None = None) -> list[Document]:
@@ -131,7 +131,7 @@ def files_documents(cfg: TokensConfig) -> Table:
         len(suffixes) == 1 and suffixes[0] in _SUFFIXES,
         f"tokens.path={cfg.path} matches files of kind {', '.join(suffixes)}; give one kind of {', '.join(_SUFFIXES)}",
     )
-    options = {"sample_by": "document"} if suffixes == [".txt"] else {}
+    options: dict[str, Any] = {"sample_by": "document"} if suffixes == [".txt"] else {}
     rows = datasets.load_dataset(_SUFFIXES[suffixes[0]], data_files=sorted(map(str, found)), split="train", **options)
     return table_of(cfg, rows)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from nndecomp.config.schema import Packing, TokensConfig, require
-from nndecomp.errors import SettingError
 from nndecomp.tokens.batch import Row
 from nndecomp.tokens.documents import Body
 
@@ -52,19 +51,23 @@ class Encoding:
 
     def ids(self, documents: Sequence[Body]) -> list[list[int]]:
         """Token ids of each document, followed by EOS where documents are joined; no BOS."""
-        if self.cfg.tokens_column is not None:
-            n_vocab = len(self.tokenizer)
-            for document in documents:
-                if max(document) >= n_vocab:
-                    raise SettingError(
-                        f"tokens.tokens_column={self.cfg.tokens_column} holds token {max(document)}, but the target's "
-                        f"tokenizer has {n_vocab} tokens; these rows were made by another tokenizer"
-                    )
-            return [list(document) for document in documents]
-        texts = [text.lower() for text in documents] if self.cfg.lowercase else list(documents)
+        texts = [text.lower() if self.cfg.lowercase else text for text in documents if isinstance(text, str)]
+        tokenised = [ids for ids in documents if isinstance(ids, list)]
+        assert not (texts and tokenised), f"{len(texts)} texts among {len(tokenised)} rows of tokens"
+        if tokenised:
+            self._check_vocabulary(max(map(max, tokenised)))
+            return tokenised
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         end = [] if self.eos is None else [self.eos]
         return [ids + end for ids in encoded["input_ids"]]
+
+    def _check_vocabulary(self, largest: int) -> None:
+        n_vocab = len(self.tokenizer)
+        require(
+            largest < n_vocab,
+            f"tokens.tokens_column={self.cfg.tokens_column} holds token {largest}, but the target's tokenizer has "
+            f"{n_vocab} tokens; these rows were made by another tokenizer",
+        )
 
     def document_row(self, ids: list[int]) -> Row:
         """A document on a row of its own: its first tokens."""

@@ -46,10 +46,11 @@ def hub_reader(
 def _streamed(cfg: TokensConfig) -> Any:
     """All splits of the data set, by name, nothing of them read yet."""
     import datasets
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
     try:
         return datasets.load_dataset(os.path.expanduser(str(cfg.path)), cfg.subset, streaming=True)
-    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError) as error:
+    except (DatasetNotFoundError, DataFilesNotFoundError) as error:
         raise SettingError(
             f"tokens.path={cfg.path} is neither a data set on the Hub nor a copy of one: {error}"
         ) from error

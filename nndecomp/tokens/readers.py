@@ -15,7 +15,10 @@ Side = Callable[[Document], bool]  # whether a document belongs to the split tha
 
 @runtime_checkable
 class Reader(Protocol):
-    n_documents: int | None  # before the split, if it is known without reading everything
+    @property
+    def n_documents(self) -> int | None:
+        """Before the split, if it is known without reading everything."""
+        ...
 
     def one_pass(self) -> Iterator[Body]:
         """The documents of one epoch from where the reader stands, then the end."""
