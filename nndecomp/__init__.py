@@ -5,6 +5,9 @@ settings -> target -> tokens -> activations -> decomposition -> training -> run 
 Experiments are started from the command line. What a notebook needs is here; `nndecomp.face` describes it.
 """
 
+# The face imports the package it is the face of.
+# pyright: reportImportCycles=false
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
