@@ -119,11 +119,11 @@ def committed() -> str:
     changed = status.splitlines()
     require(
         not changed,
-        f"allow_dirty=false, but {len(changed)} files differ from the commit ({', '.join(line[3:] for line in changed[:3])}"
+        f"allow_dirty=false, but {len(changed)} {'file differs' if len(changed) == 1 else 'files differ'} from the commit ({', '.join(line[3:] for line in changed[:3])}"
         f"{', ...' if len(changed) > 3 else ''}) and jobs on SLURM read them only when they start; commit them, submit "
         "from a clean git worktree, or write allow_dirty=true",
     )
-    return commit
+    return commit.strip()
 
 
 def unchanged_since_submission() -> None:

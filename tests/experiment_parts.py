@@ -21,7 +21,7 @@ def small_target(directory: Path) -> Path:
     """A random model of 4 layers on disk, as `target.path` takes it."""
     tokenizer = train_tokenizer(["def f(x): return x + 1\n"] * 8, vocab_size=264, n_ctx=64)
     sizes = LlamaSimpleMLPConfig(
-        n_layers=4, d_model=16, d_mlp=32, n_heads=2, n_kv_heads=2, n_ctx=64, n_vocab=len(tokenizer)
+        n_layers=4, d_model=16, d_mlp=64, n_heads=2, n_kv_heads=2, n_ctx=64, n_vocab=len(tokenizer)
     )
     save(LlamaSimpleMLP(sizes, torch.Generator().manual_seed(0)), tokenizer, directory)
     return directory
