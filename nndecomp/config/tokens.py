@@ -31,7 +31,8 @@ class TokensConfig:
     seq_len: int = 256
     prepend_bos: bool | None = None  # null: as the tokenizer does by itself
     lowercase: bool = False
-    shuffle_documents: int = 1000  # hub: shuffled together as they stream by; local: any number shuffles all; 1 keeps the order
+    # Documents shuffled together as they stream by. Local sources are shuffled whole. 1 keeps the order.
+    shuffle_documents: int = 1000
 
     def __post_init__(self) -> None:
         require(self.seq_len >= 2, f"tokens.seq_len={self.seq_len} leaves nothing to predict; use 2 or more")
