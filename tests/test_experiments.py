@@ -1,0 +1,117 @@
+"""Every experiment runs, from its command line, on the model and text that ship with the package."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from nndecomp.evaluation.rows import read_rows
+from tests.experiment_parts import EXPERIMENTS, REPO, Finished, start
+
+SWEEP, PARETO = "exp_010_train_transcoder_pile_sweep", "exp_011_pareto_trained_all_layers"
+# Three of the four values of k, and all layers, would be the same code again.
+NARROW = ["decomposition.k=8"]
+
+
+def smoke(name: str, out: Path, *arguments: str) -> Finished:
+    kind = "sweep" if name == SWEEP else "run"
+    return start(REPO / "experiments" / name / "run.py", "+scale=smoke", f"hydra.{kind}.dir={out}", *arguments)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("output")
+
+
+@pytest.fixture(scope="module")
+def sweep(out: Path) -> Path:
+    """One transcoder a layer."""
+    result = smoke(SWEEP, out / SWEEP, *NARROW)
+    assert result.status == 0, result.err
+    return out / SWEEP
+
+
+@pytest.fixture(scope="module")
+def pareto(out: Path, sweep: Path) -> Path:
+    result = smoke(PARETO, out / PARETO, f"runs=[{sweep}]")
+    assert result.status == 0, result.err
+    assert "per_layer_transcoder_batchtopk_k8_n64_seed0" in result.out, "the table names the set"
+    return out / PARETO
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in (SWEEP, PARETO)])
+def test_every_experiment_runs_at_the_smallest_scale(name: str, out: Path):
+    result = smoke(name, out / name)
+    assert result.status == 0, result.err
+    assert (out / name / "scores.json").is_file()
+
+
+def test_the_sweep_trains_one_transcoder_a_layer(sweep: Path):
+    jobs = sorted(path.parent for path in sweep.glob("*/scores.json"))
+    assert [job.name for job in jobs] == [f"decomposition.k=8,decomposition.layers=[{layer}]" for layer in range(4)]
+    for layer, job in enumerate(jobs):
+        rows = read_rows(job / "rows.parquet")
+        assert set(rows.layers) == {str(layer)} and set(rows.architecture) == {"transcoder"}
+
+
+def test_single_layers_become_one_set_that_replaces_all_mlps(pareto: Path):
+    rows = read_rows(pareto / "rows.parquet")
+    assert set(rows.architecture) == {"per_layer_transcoder", "neurons"} and set(rows.layers) == {"0,1,2,3"}
+    assert {"clean", "live"} <= set(rows.inputs)
+    assert {"pareto", "pareto_axes", "fvu_against_l0"} == {path.stem for path in (pareto / "figures").glob("*.png")}
+
+
+def test_layers_that_are_missing_from_the_runs_are_named(sweep: Path, out: Path):
+    part = sweep / "decomposition.k=8,decomposition.layers=[1]"
+    result = smoke(PARETO, out / "part", f'runs=["{part}"]')
+    assert result.status == 2
+    assert "has no layer 0, 2, 3 of 4; add those runs" in result.err and len(result.err.splitlines()) == 1
+
+
+def test_runs_of_another_target_are_refused(sweep: Path, out: Path):
+    result = smoke(PARETO, out / "other", f"runs=[{sweep}]", "target.dtype=bfloat16")
+    assert result.status == 2 and "but this run has target.path=tiny" in result.err
+
+
+def test_the_notebook_draws_the_front_from_the_rows(pareto: Path):
+    notebook = nbformat.read(REPO / "experiments" / PARETO / "pareto.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are stripped"
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    parameters.source = f"run = {str(pareto)!r}"
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    drawn = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in str(output)]
+    assert len(drawn) == 3
+
+
+def test_the_quickstart_compares_all_methods_clean_and_live(out: Path):
+    name = "exp_000_quickstart"
+    if not (out / name / "scores.json").exists():
+        assert smoke(name, out / name).status == 0
+    rows = read_rows(out / name / "rows.parquet")
+    methods = {"per_layer_sae", "per_layer_transcoder", "cross_layer_transcoder", "neurons"}
+    whole = rows[(rows.site == "all") & (rows.metric == "ce_increase")]
+    assert {(a, i) for a, i in zip(whole.architecture, whole.inputs, strict=True)} == {
+        (method, inputs) for method in methods for inputs in ("clean", "live")
+    }
+    assert {"ce_zero", "ce_mean"} <= set(rows.metric)
+    scores = json.loads((out / name / "scores.json").read_text())
+    assert len(scores) == len(methods) * 3 * 4, "methods, values of k, and ce_increase and fvu, clean and live"
+
+
+def test_every_experiment_is_in_the_index_and_has_a_readme():
+    index = (REPO / "experiments" / "README.md").read_text()
+    for name in EXPERIMENTS:
+        assert name in index, f"{name} is not in experiments/README.md"
+        assert (REPO / "experiments" / name / "README.md").is_file(), f"{name} has no README.md"
+
+
+@pytest.mark.slow
+def test_a_sweep_in_processes_of_its_own_feeds_the_pareto_plot(out: Path):
+    sweep = smoke(SWEEP, out / "local", "hydra/launcher=local", "decomposition.k=8,16")
+    assert sweep.status == 0, sweep.err
+    assert len(list((out / "local").glob("*/scores.json"))) == 8
+    result = smoke(PARETO, out / "of_local", f"runs=[{out / 'local'}]")
+    assert result.status == 0, result.err
+    assert {8.0, 16.0} <= set(read_rows(out / "of_local" / "rows.parquet").k)
