@@ -18,6 +18,7 @@ from nndecomp.activations.manifest import row_settings
 from nndecomp.activations.statistics import measure, site_means, site_scales
 from nndecomp.activations.store import Store, open_store, verify
 from nndecomp.activations.stream import RowStream, StoreStream, live_stream
+from nndecomp.checkpoint import write_text
 from nndecomp.config.compose import load
 from nndecomp.config.schema import (
     Activation,
@@ -278,10 +279,12 @@ def scores(rows: "DataFrame") -> dict[str, float]:
 
 
 def reported(rows: "DataFrame", out: Path) -> dict[str, float]:
-    """Writes the rows, draws the Pareto figure, prints the table, and returns the scores."""
+    """Writes the rows, draws the Pareto figure, writes and prints the table, and returns the scores."""
     from nndecomp.report import figures, style, tables  # late: matplotlib and pandas are slow to import
 
     write_rows(rows, out / "rows.parquet")
     style.save(figures.pareto(rows), out / "figures", "pareto")
-    print(tables.terminal(tables.summary(rows)), *tables.notices(rows), f"-> {out}", sep="\n")
+    table = tables.summary(rows)
+    write_text(out / "table.md", tables.markdown(table))
+    print(tables.terminal(table), *tables.notices(rows), f"-> {out}", sep="\n")
     return scores(rows)
