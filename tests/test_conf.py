@@ -206,6 +206,17 @@ def test_a_job_is_named_by_its_overrides_so_that_a_longer_sweep_finds_it():
         ("seed=-1", "seed=-1 must be 0 or more"),
         ("device=gpu", "device=gpu is not a device; write auto, cpu, cuda"),
         ("activations=store", "activations.store"),
+        ("training.clip_norm=0", "training.clip_norm=0.0 must be positive; null clips nothing"),
+        ("training.lr_end=2", "training.lr_end=2.0 is a share of training.lr"),
+        ("training.weight_decay=-1", "training.weight_decay=-1.0 must not be negative"),
+        ("training.evaluate_every=-1", "training.evaluate_every=-1 must be 0 or more"),
+        ("activations.normalisation_tokens=0", "activations.normalisation_tokens=0 must be positive"),
+        ("evaluation.bootstrap=-1", "evaluation.bootstrap=-1 must be 0 or more"),
+        ("evaluation.inputs=[]", "evaluation.inputs=[] must name at least one"),
+        ("evaluation.patched=[all,all]", "evaluation.patched=['all', 'all'] must name at least one, and each once"),
+        ("evaluation.patched=[single]", "evaluation.patched=['single'] lacks all"),
+        ("compare.k=[]", "compare.k=[] must name at least one"),
+        ("compare.architectures=[neurons,neurons]", "each once"),
     ],
 )
 def test_a_bad_setting_is_named_in_one_sentence(argument: str, said: str, target: str):

@@ -33,6 +33,10 @@ class ActivationsConfig:
         require(self.batch_seqs > 0, f"activations.batch_seqs={self.batch_seqs} must be positive")
         require(self.buffer_tokens > 0, f"activations.buffer_tokens={self.buffer_tokens} must be positive")
         require(
+            self.normalisation_tokens > 0,
+            f"activations.normalisation_tokens={self.normalisation_tokens} must be positive",
+        )
+        require(
             self.drop_first >= 0,
             f"activations.drop_first={self.drop_first} must be 0 or more positions",
         )

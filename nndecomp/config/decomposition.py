@@ -136,3 +136,10 @@ class CompareConfig:
 
     architectures: list[Architecture]
     k: list[int]
+
+    def __post_init__(self) -> None:
+        for name, values in (("architectures", [each.value for each in self.architectures]), ("k", self.k)):
+            require(
+                len(values) == len(set(values)) > 0,
+                f"compare.{name}={values} must name at least one, and each once",
+            )

@@ -31,4 +31,15 @@ class EvaluationConfig:
         require(self.n_seqs >= 2, f"evaluation.n_seqs={self.n_seqs}: intervals need at least 2 sequences")
         require(self.batch_seqs > 0, f"evaluation.batch_seqs={self.batch_seqs} must be positive")
         require(self.mean_seqs > 0, f"evaluation.mean_seqs={self.mean_seqs} must be positive")
+        require(self.bootstrap >= 0, f"evaluation.bootstrap={self.bootstrap} must be 0 or more resamples")
+        for name in ("inputs", "patched"):
+            chosen = [each.value for each in getattr(self, name)]
+            require(
+                len(chosen) == len(set(chosen)) > 0,
+                f"evaluation.{name}={chosen} must name at least one, and each once",
+            )
+        require(
+            Patched.all in self.patched,
+            f"evaluation.patched={[each.value for each in self.patched]} lacks all, which tables and figures show",
+        )
         require(0 < self.confidence < 1, f"evaluation.confidence={self.confidence} must lie between 0 and 1")

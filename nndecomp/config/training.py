@@ -57,6 +57,13 @@ class TrainingConfig:
             self.autocast is not DType.float16,
             "training.autocast=float16 would need loss scaling; use bfloat16 or float32",
         )
+        require(0 <= self.lr_end <= 1, f"training.lr_end={self.lr_end} is a share of training.lr, from 0 to 1")
+        require(self.weight_decay >= 0, f"training.weight_decay={self.weight_decay} must not be negative")
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"training.clip_norm={self.clip_norm} must be positive; null clips nothing",
+        )
+        require(self.evaluate_every >= 0, f"training.evaluate_every={self.evaluate_every} must be 0 or more steps")
         for name in ("checkpoint_every", "log_every"):
             require(getattr(self, name) > 0, f"training.{name}={getattr(self, name)} must be positive")
 
@@ -75,8 +82,10 @@ class PretrainConfig:
     tokenizer_documents: int  # documents of the training split that the tokenizer is trained on
 
     def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "d_mlp", "n_heads", "n_ctx", "tokenizer_documents"):
+            require(getattr(self, name) > 0, f"pretrain.{name}={getattr(self, name)} must be positive")
         require(
-            self.n_heads > 0 and self.d_model % (2 * self.n_heads) == 0,
+            self.d_model % (2 * self.n_heads) == 0,
             f"pretrain.d_model={self.d_model} must divide into pretrain.n_heads={self.n_heads} heads of even width",
         )
         require(
