@@ -9,6 +9,7 @@ import torch
 from decomposition_parts import (
     ACTIVATIONS,
     ARCHITECTURES,
+    dictionary,
     inputs,
     objective,
     planted,
@@ -113,7 +114,6 @@ def test_folding_the_scales_in_changes_units_and_nothing_else(settings):
     made = settled(**settings)
     scales = {site: 0.25 * 3.0**i for i, site in enumerate(row_layout(made).sites)}
     folded = copy.deepcopy(made)
-    folded.fold(scales)
     raw = inputs(made)
     s_read = torch.cat(
         [torch.full((w,), scales[s]) for s, w in zip(made.read_layout.sites, made.read_layout.widths, strict=True)]
@@ -121,6 +121,7 @@ def test_folding_the_scales_in_changes_units_and_nothing_else(settings):
     s_write = torch.cat(
         [torch.full((w,), scales[s]) for s, w in zip(made.write_layout.sites, made.write_layout.widths, strict=True)]
     )
+    folded.fold(s_read, s_write)
     y_hat, codes = made(raw / s_read)
     y_raw, codes_raw = folded(raw)
     torch.testing.assert_close(y_raw, y_hat * s_write)
@@ -129,9 +130,8 @@ def test_folding_the_scales_in_changes_units_and_nothing_else(settings):
 
 
 def test_a_finished_dictionary_equals_the_one_in_training_on_raw_rows(settings):
-    made = objective(**settings)
-    made.scales.update({site: 0.25 * 3.0**i for i, site in enumerate(made.layout.sites)})
-    scaled = type(made)(made.dictionary, made.cfg, made.layout, made.scales)
+    sites = row_layout(dictionary(**settings)).sites
+    scaled = objective(scales={site: 0.25 * 3.0**i for i, site in enumerate(sites)}, **settings)
     train(scaled, 5)
     rows = planted(scaled.layout, 100, seed=7)
     finished = scaled.finished()

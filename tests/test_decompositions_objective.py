@@ -192,6 +192,19 @@ def test_saved_state_continues_bit_for_bit(activation):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_what_is_saved_is_finished_as_it_was_with_its_own_scales_and_k():
+    settings = ONE | {"activation": Activation.topk, "k": 4, "k_start": 20, "k_anneal": 1.0}
+    sites = [Site(1, Point.mlp_in), Site(1, Point.mlp_out)]
+    first = objective(scales=dict(zip(sites, (2.0, 3.0), strict=True)), **settings)
+    train(first, 3)
+    second = objective(scales=dict.fromkeys(sites, 1.0), **settings)
+    second.load_state_dict(first.state_dict())
+    ours, theirs = first.finished(), second.finished()
+    assert ours.spec.activation.k == theirs.spec.activation.k == (9,)
+    x = inputs(ours)
+    assert torch.equal(ours(x)[0], theirs(x)[0])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_in_bf16_autocast_losses_and_gradients_stay_fp32(activation):
     made = objective(**ACTIVATIONS[activation], dead_after_tokens=100)

@@ -173,15 +173,14 @@ class SparseDictionary(Pretrained, Decomposition):
             bank.W_dec.copy_(decoder_norm * torch.cat(columns, 1))
 
     @torch.no_grad()
-    def fold(self, scales: dict[Site, float]) -> None:
-        """From activations divided by their site's scale to raw ones. Codes stay what they were.
+    def fold(self, s_read: Float[Tensor, "d_reads"], s_write: Float[Tensor, "d_writes"]) -> None:
+        """From activations divided by these scales, one for each column, to raw ones. Codes stay what they were.
 
             W_enc / s_read    W_dec * s_write    b_dec * s_write    W_skip * s_write / s_read    b_enc unchanged
 
         Exact for every activation function, since pre-activations do not change.
         """
-        s_read = columns_of(scales, self.read_layout).to(self.b_dec)
-        s_write = columns_of(scales, self.write_layout).to(self.b_dec)
+        s_read, s_write = s_read.to(self.b_dec), s_write.to(self.b_dec)
         self.b_dec.mul_(s_write)
         for bank in self.banks:
             bank.W_enc.div_(s_read[bank.reads])

@@ -1,7 +1,7 @@
 """What the training loop sees of a dictionary: a loss of raw rows, and what happens after each step.
 
 Rows are divided by each site's scale s (E|x|^2 = s^2 * width) before the dictionary sees them; `finished` folds the
-scales into the weights. All state is in buffers, so a checkpoint of the module's state_dict is complete.
+scales into the weights. All state is in the module's state_dict, so a checkpoint of it is complete.
 """
 
 import copy
@@ -32,14 +32,13 @@ class DictionaryObjective(nn.Module):
         missing = [str(s) for s in (*dictionary.reads, *dictionary.writes) if s not in layout.spans]
         assert not missing, f"rows hold {', '.join(map(str, layout.sites))}, but not {', '.join(missing)}"
         self.dictionary, self.cfg, self.layout = dictionary, cfg, layout
-        self.scales = {site: scales[site] for site in (*dictionary.reads, *dictionary.writes)}
         self._k = list(dictionary.activation.k) if isinstance(dictionary.activation, Selecting) else []
         device = dictionary.b_dec.device
         self.s_read: Tensor
         self.s_write: Tensor
         self.tokens_since_fired: Tensor
-        self.register_buffer("s_read", columns_of(self.scales, dictionary.read_layout).to(device))
-        self.register_buffer("s_write", columns_of(self.scales, dictionary.write_layout).to(device))
+        self.register_buffer("s_read", columns_of(scales, dictionary.read_layout).to(device))
+        self.register_buffer("s_write", columns_of(scales, dictionary.write_layout).to(device))
         n_features = sum(bank.n_features for bank in dictionary.banks)
         self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64, device=device))
         self._tokens_seen = 0  # on the host, so that steps need not wait for the device
@@ -47,11 +46,15 @@ class DictionaryObjective(nn.Module):
         if cfg.unit_norm_decoder:
             self._normalise_decoder()
 
-    def get_extra_state(self) -> Int[Tensor, ""]:
-        return torch.tensor(self._tokens_seen)
+    def get_extra_state(self) -> Int[Tensor, "_"]:
+        """Tokens seen, then k of each group, which annealing may have moved."""
+        activation = self.dictionary.activation
+        return torch.tensor([self._tokens_seen, *(activation.k if isinstance(activation, Selecting) else [])])
 
-    def set_extra_state(self, state: Int[Tensor, ""]) -> None:
-        self._tokens_seen = int(state)
+    def set_extra_state(self, state: Int[Tensor, "_"]) -> None:
+        self._tokens_seen, *k = state.tolist()
+        if isinstance(self.dictionary.activation, Selecting):
+            self.dictionary.activation.k = k
 
     def loss(self, rows: Float[Tensor, "token width"], progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Loss of a batch and detached metrics. `progress`, from 0 to 1, drives the schedules of k and penalty."""
@@ -101,7 +104,7 @@ class DictionaryObjective(nn.Module):
     def finished(self) -> SparseDictionary:
         """A copy in eval mode that works on raw activations."""
         dictionary = copy.deepcopy(self.dictionary).eval()
-        dictionary.fold(self.scales)
+        dictionary.fold(self.s_read, self.s_write)
         return dictionary
 
     def _columns(self, rows: Float[Tensor, "token width"], layout: Layout) -> Float[Tensor, "token columns"]:
