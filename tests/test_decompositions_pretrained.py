@@ -37,6 +37,17 @@ def test_saving_again_replaces_and_leaves_nothing_beside(saved):
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
 
 
+def test_saving_after_a_save_that_broke_off_leaves_nothing_of_it(tmp_path, monkeypatch):
+    def broken(*args, **settings) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+        patched.setattr("nndecomp.decompositions.pretrained.save_file", broken)
+        settled().save_pretrained(tmp_path / "saved")
+    settled().save_pretrained(tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
 def test_saving_never_replaces_a_directory_of_something_else(saved):
     (saved / "thesis.tex").write_text("years of work")
     with pytest.raises(AssertionError, match=r"also holds thesis\.tex"):

@@ -8,8 +8,6 @@ model.safetensors   groups.<g>.{W_enc, b_enc, W_dec[, W_skip]}, b_dec, and activ
 """
 
 import json
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nndecomp.checkpoint import write_directory
 from nndecomp.decompositions.spec import DictionarySpec
 from nndecomp.errors import SettingError
 
@@ -44,24 +43,16 @@ class Pretrained(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the directory; it appears, or replaces the one before, as a whole."""
         directory = Path(directory)
-        directory.parent.mkdir(parents=True, exist_ok=True)
         config = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.spec.to_json()}
-        beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        save_file(weights, beside / _WEIGHTS, metadata={"format": "pt"})
-        (beside / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for path in (beside / _WEIGHTS, beside / _CONFIG, beside):
-            _fsync(path)
-        beside.chmod(0o755)
+
+        def fill(partial: Path) -> None:
+            save_file(weights, partial / _WEIGHTS, metadata={"format": "pt"})
+            (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
         if directory.exists():
             _check_ours(directory)
-            replaced = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-            os.replace(directory, replaced)
-            os.replace(beside, directory)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(beside, directory)
-        _fsync(directory.parent)
+        write_directory(directory, fill)
 
     @classmethod
     def from_pretrained(
@@ -127,9 +118,3 @@ def _config_of(directory: Path) -> dict[str, Any]:
 def _check_ours(directory: Path) -> None:
     foreign = sorted({path.name for path in directory.iterdir()} - {_CONFIG, _WEIGHTS})
     assert not foreign, f"{directory} would be replaced as a whole, but also holds {', '.join(foreign)}"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
