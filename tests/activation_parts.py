@@ -35,6 +35,7 @@ class TokenIds(Target):
         n_vocab=2**24,
         n_ctx=64,
         points=frozenset({Point.mlp_in, Point.mlp_out}),
+        gated=False,
     )
     tokenizer = Vocabulary()
     device = torch.device("cpu")

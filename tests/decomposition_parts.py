@@ -13,7 +13,7 @@ from nndecomp.targets.base import TargetShape
 from nndecomp.types import Layout, Point, Site
 
 N_LAYERS, D, F, K = 3, 6, 24, 3
-SHAPE = TargetShape(N_LAYERS, D, 10, 2, 3, 50, 32, frozenset(Point) - {Point.resid_mid})
+SHAPE = TargetShape(N_LAYERS, D, 10, 2, 3, 50, 32, frozenset(Point) - {Point.resid_mid}, gated=False)
 CPU = torch.device("cpu")
 
 # Every architecture that trains, by the settings that differ.

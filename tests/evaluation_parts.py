@@ -22,7 +22,7 @@ class ToyTarget(Target):
         draw = torch.Generator().manual_seed(0)
         points = frozenset({Point.mlp_in, Point.mlp_out, Point.resid_post})
         self.name, self.tokenizer, self.device = "toy", None, torch.device("cpu")
-        self.shape = TargetShape(n_layers, D, D, 1, D, VOCAB, 64, points)
+        self.shape = TargetShape(n_layers, D, D, 1, D, VOCAB, 64, points, gated=False)
         self.embed = torch.randn(VOCAB, D, generator=draw)
         self.weights = torch.randn(n_layers, D, D, generator=draw) / D**0.5
         self.hooks: dict[Site, Replace] = {}
@@ -89,7 +89,7 @@ class EachSite(Decomposition):
         self.reads, self.writes, self.maps = tuple(reads), tuple(writes), tuple(maps)
         self.read_layout = Layout.of(dict.fromkeys(reads, D))
         self.write_layout = Layout.of(dict.fromkeys(writes, D))
-        self.costs = tuple(GroupCost(f"L{site.layer}", 4, 2 * D, 1, 4 * D) for site in writes)
+        self.costs = tuple(GroupCost(f"L{site.layer}", 4, 2 * D, 1, 4 * D, 0) for site in writes)
         self.eval()
 
     def forward(self, x: Tensor) -> tuple[Tensor, FirstComponents]:

@@ -119,6 +119,8 @@ def test_costs_count_what_a_feature_reads_and_writes():
     assert (first.name, first.n_components, first.n_writes) == ("L0", F, N_LAYERS)
     assert (first.parameters, first.gate_parameters) == (D + N_LAYERS * D, F * D)
     assert (last.n_writes, last.parameters) == (1, 2 * D)
+    (skipping,) = dictionary(architecture=Architecture.transcoder, layers=[1], skip=True).costs
+    assert (first.linear_parameters, skipping.linear_parameters) == (0, D * D)
 
 
 def test_hook_names_and_sites_and_points_are_the_same_places():

@@ -10,6 +10,7 @@ from nndecomp.config.target import TargetConfig, TargetKind
 from nndecomp.decompositions.neurons import NeuronBaseline
 from nndecomp.targets.base import Target
 from nndecomp.targets.load import load_target
+from nndecomp.targets.modules import ModuleTarget
 from nndecomp.types import Point, Site
 
 LAYERS = [0, 2]
@@ -65,8 +66,12 @@ def test_a_pass_site_by_site_equals_forward(target):
     assert torch.equal(run.active().counts(), codes.counts())
 
 
-def test_a_neuron_costs_one_vector_read_and_one_written(target):
+def test_all_neurons_together_cost_the_matrices_of_their_mlp(target):
+    assert isinstance(target, ModuleTarget)
     cost = NeuronBaseline(target, [1], [3]).costs[0]
     d_model, d_mlp = target.shape.d_model, target.shape.d_mlp
-    assert (cost.name, cost.n_components, cost.parameters) == ("L1", d_mlp, 2 * d_model)
-    assert (cost.n_writes, cost.gate_parameters) == (1, d_mlp * d_model)
+    mlp = target.model.get_submodule(f"{target.wiring.blocks}.1.mlp")
+    n_weights = sum(parameter.numel() for parameter in mlp.parameters() if parameter.ndim == 2)
+    assert (cost.name, cost.n_components, cost.n_writes) == ("L1", d_mlp, 1)
+    assert cost.n_components * cost.parameters == n_weights
+    assert cost.gate_parameters == n_weights - d_mlp * d_model, "all but the matrix that writes"

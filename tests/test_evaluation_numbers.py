@@ -65,16 +65,19 @@ def test_mse_and_cosine_by_hand():
 
 
 def test_x_axes_of_two_layers_by_hand():
-    """A cross-layer transcoder on 2 layers of width 10: the first layer's 32 features write twice, the second's 8 once."""
-    first = GroupCost("L0", n_components=32, parameters=10 + 2 * 10, n_writes=2, gate_parameters=320)
-    second = GroupCost("L1", n_components=8, parameters=10 + 10, n_writes=1, gate_parameters=80)
+    """A cross-layer transcoder on 2 layers of width 10: the first layer's 32 features write twice, the second's 8 once,
+    beside a linear map of 10 x 10."""
+    first = GroupCost(
+        "L0", n_components=32, parameters=10 + 2 * 10, n_writes=2, gate_parameters=320, linear_parameters=0
+    )
+    second = GroupCost("L1", n_components=8, parameters=10 + 10, n_writes=1, gate_parameters=80, linear_parameters=100)
     active = torch.tensor([3.0, 5.0], dtype=torch.float64)
     by_name = {axis.name: axis.of(active).item() for axis in axes([first, second], n_writes=2)}
     assert by_name == {
         "active_per_module": (3 + 5) / 2,
         "active_per_reconstruction": (3 * 2 + 5) / 2,  # layer 0 gets 3, layer 1 gets 3 + 5
-        "active_parameters": 3 * 30 + 5 * 20,
-        "active_parameters_with_gate": 3 * 30 + 5 * 20 + 320 + 80,
+        "active_parameters": 3 * 30 + 5 * 20 + 100,
+        "active_parameters_with_gate": 3 * 30 + 5 * 20 + 100 + 320 + 80,
         "description_length": 3 * (5 + VALUE_BITS) + 5 * (3 + VALUE_BITS),
     }
 

@@ -19,7 +19,8 @@ class GroupCost:
     """What one active component of a group costs, for the x-axes of a Pareto plot.
 
     A group's component is counted at every site it writes (`n_writes`), and touches `parameters` weights when active;
-    deciding which are active costs `gate_parameters` weights a token, however many are.
+    deciding which are active costs `gate_parameters` weights a token, however many are. `linear_parameters` act on every
+    token beside the components.
     """
 
     name: str  # e.g. "L3" or "L3.c_fc": the module the components belong to
@@ -27,6 +28,7 @@ class GroupCost:
     parameters: int  # read vector + write vector of one component
     n_writes: int
     gate_parameters: int
+    linear_parameters: int  # the linear skip
 
 
 @runtime_checkable

@@ -80,6 +80,7 @@ class SparseDictionary(Pretrained, Decomposition):
                 parameters=group.W_enc.shape[1] + group.W_dec.shape[1],
                 n_writes=len(group_spec.writes),
                 gate_parameters=group.W_enc.numel(),
+                linear_parameters=0 if group.W_skip is None else group.W_skip.numel(),
             )
             for group, group_spec in zip(self.banks, spec.groups, strict=True)
         )

@@ -23,13 +23,13 @@ from nndecomp.types import Layout, Point, Site
 class NeuronBaseline(Decomposition):
     """The k neurons with the largest |h| of each token and layer; `k` is one number a layer.
 
-    A neuron counts as one vector read and one written, d_model weights each. Choosing among neurons needs all their
-    activations, hence all read vectors, as an encoder does.
+    A neuron counts as what it reads (one vector; two in a gated MLP) and one vector written, d_model weights each.
+    Choosing among neurons needs all their activations, hence all read vectors, as an encoder does.
     """
 
     def __init__(self, target: Target, layers: Sequence[int], k: Sequence[int]) -> None:
         super().__init__()
-        d_model, d_mlp = target.shape.d_model, target.shape.d_mlp
+        d_model, d_mlp, d_read = target.shape.d_model, target.shape.d_mlp, target.shape.d_read_neuron
         assert len(layers) == len(k), f"{len(k)} values of k for {len(layers)} layers"
         assert all(0 < each <= d_mlp for each in k), f"k={list(k)} of {d_mlp} neurons"
         self.eval()  # there is nothing to train
@@ -43,9 +43,10 @@ class NeuronBaseline(Decomposition):
             GroupCost(
                 name=f"L{layer}",
                 n_components=d_mlp,
-                parameters=2 * d_model,
+                parameters=d_read + d_model,
                 n_writes=1,
-                gate_parameters=d_mlp * d_model,
+                gate_parameters=d_mlp * d_read,
+                linear_parameters=0,
             )
             for layer in layers
         )

@@ -4,8 +4,9 @@ With l_g the mean number of active components of group g, each axis is linear in
 
     active_per_module           mean over groups of l_g
     active_per_reconstruction   sum_g l_g n_writes_g / n_writes             components that write to one site
-    active_parameters           sum_g l_g parameters_g                      weights of the active components
-    active_parameters_with_gate sum_g l_g parameters_g + gate_parameters_g  and those that decide which are active
+    active_parameters           sum_g l_g parameters_g + linear_parameters_g    weights of the active components, and
+                                                                                of linear maps beside them
+    active_parameters_with_gate active_parameters + sum_g gate_parameters_g     and those that decide which are active
     description_length          sum_g l_g (log2 n_components_g + VALUE_BITS)
 
 n_writes is the number of different sites written (one a layer, when MLPs are replaced). The second axis is fair to
@@ -48,15 +49,12 @@ def axes(costs: Sequence[GroupCost], n_writes: int) -> tuple[Axis, ...]:
         return torch.tensor(values, dtype=torch.float64)
 
     parameters = each([cost.parameters for cost in costs])
+    linear = float(sum(cost.linear_parameters for cost in costs))
+    gate = float(sum(cost.gate_parameters for cost in costs))
     return (
         Axis("active_per_module", "components/token", each([1 / len(costs)] * len(costs))),
         Axis("active_per_reconstruction", "components/token", each([cost.n_writes / n_writes for cost in costs])),
-        Axis("active_parameters", "weights/token", parameters),
-        Axis(
-            "active_parameters_with_gate",
-            "weights/token",
-            parameters,
-            float(sum(cost.gate_parameters for cost in costs)),
-        ),
+        Axis("active_parameters", "weights/token", parameters, linear),
+        Axis("active_parameters_with_gate", "weights/token", parameters, linear + gate),
         Axis("description_length", "bits/token", each([math.log2(c.n_components) + VALUE_BITS for c in costs])),
     )

@@ -30,6 +30,12 @@ class TargetShape:
     n_vocab: int
     n_ctx: int
     points: frozenset[Point]  # points this family has: parallel blocks have no resid_mid
+    gated: bool  # a neuron is the product of two linear maps, one of them through the activation function
+
+    @property
+    def d_read_neuron(self) -> int:
+        """Weights with which one neuron reads mlp_in."""
+        return 2 * self.d_model if self.gated else self.d_model
 
     def width(self, site: Site) -> int:
         """Coordinates of the activation at `site`."""

@@ -76,6 +76,7 @@ _WIRINGS = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
 }
+_UNGATED = {"gpt2", "gpt_neox"}
 # Gemma-2 caps its attention scores, which the fused attention of torch cannot do.
 _ATTENTION = {"gemma2": "eager"}
 
@@ -164,4 +165,5 @@ def shape_of(config: PretrainedConfig) -> TargetShape:
         n_vocab=config.vocab_size,
         n_ctx=config.max_position_embeddings,
         points=wiring_of(config).available,
+        gated=config.model_type not in _UNGATED,
     )

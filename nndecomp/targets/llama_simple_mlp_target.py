@@ -37,4 +37,5 @@ def shape_of(config: LlamaSimpleMLPConfig) -> TargetShape:
         n_vocab=config.n_vocab,
         n_ctx=config.n_ctx,
         points=_WIRING.available,
+        gated=False,
     )
