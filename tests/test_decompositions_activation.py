@@ -78,6 +78,20 @@ def test_jumprelu_passes_the_gradient_of_active_entries_to_its_input_and_no_othe
     assert z.grad is not None and z.grad.tolist() == [[0, 10, 0]]
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_pass_gradcheck_where_a_dictionary_is_smooth(activation):
+    """With respect to its input and to every weight but the thresholds, which jump; no pre-activation is near a jump."""
+    made = settled(**(ARCHITECTURES["skip_cross_layer_transcoder"] | ACTIVATIONS[activation])).train()
+    x = inputs(made, n_tokens=5).requires_grad_()
+    weights = {name: p for name, p in made.named_parameters() if "threshold" not in name}
+
+    def y_hat(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(weights, values, strict=True))
+        return torch.func.functional_call(made, named, (x,))[0]
+
+    assert torch.autograd.gradcheck(y_hat, (x, *weights.values()), fast_mode=True)
+
+
 def test_jumprelu_estimates_the_threshold_gradient_of_an_expectation():
     """For z uniform on [0, 2] the density is 1/2, so d/dtheta E[z 1[z > theta]] = -theta/2 and
     d/dtheta E[1[z > theta]] = -1/2; both compared with central differences of the exact expectations too."""
