@@ -198,8 +198,7 @@ def test_only_jobs_on_slurm_need_a_clean_tree(here: Path, settings: list[str]):
     other = f"from nndecomp import checkpoint\ncheckpoint.SOURCE = Path({str(tree)!r})\n\n@experiment"
     dirty.write_text(dirty.read_text().replace("@experiment", other))
     (tree / "code.py").write_text("changed")
-    on_slurm = {"SLURM_JOB_ID": "7"}
-    refused = start(dirty, *settings, f"hydra.run.dir={here / 'slurm'}", **on_slurm)
+    refused = start(dirty, *settings, f"hydra.run.dir={here / 'slurm'}", SLURM_JOB_ID="7")
     assert refused.status == 2 and refused.err.startswith("allow_dirty=false, but 1 file differs"), refused.err
-    assert start(dirty, *settings, f"hydra.run.dir={here / 'told'}", "allow_dirty=true", **on_slurm).status == 0
+    assert start(dirty, *settings, f"hydra.run.dir={here / 'told'}", "allow_dirty=true", SLURM_JOB_ID="7").status == 0
     assert start(dirty, *settings, f"hydra.run.dir={here / 'elsewhere'}").status == 0
