@@ -3,15 +3,16 @@
 settings -> target -> tokens -> stream of rows -> objectives -> trained dictionaries -> measurements
 """
 
-import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from nndecomp.activations.harvest import Harvester, kept
 from nndecomp.activations.manifest import row_settings
@@ -35,11 +36,12 @@ from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.neurons import NeuronBaseline, build_neurons
 from nndecomp.decompositions.objective import DictionaryObjective
-from nndecomp.evaluation.rows import Context, join, table, write_rows
+from nndecomp.evaluation.context import context
+from nndecomp.evaluation.rows import join, table, write_rows
 from nndecomp.evaluation.suite import evaluate_all
 from nndecomp.targets.base import Target, TargetShape
 from nndecomp.targets.load import load_target, target_shape
-from nndecomp.tokens import heldout_tokens, open_tokens
+from nndecomp.tokens import TokenBatch, heldout_tokens, open_tokens
 from nndecomp.training.log import Log, check_log
 from nndecomp.training.loop import train
 from nndecomp.types import Site
@@ -202,19 +204,27 @@ def trained(cfg: RunConfig, target: Target, out: Path) -> dict[str, SparseDictio
     objectives = {
         name: DictionaryObjective(each, configs[name], rows.layout, site_scale) for name, each in dictionaries.items()
     }
-    quick = replace(cfg.evaluation, patched=[Patched.all], bootstrap=1)
-
-    def look(step: int) -> dict[str, float]:
-        now = {name: [objective.finished()] for name, objective in objectives.items()}
-        return scores(measured(replace(cfg, evaluation=quick), target, now, out.name))
-
-    evaluate = look if cfg.training.evaluate_every else None
+    evaluate = looking(cfg, target, objectives, out.name) if cfg.training.evaluate_every else None
     with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as progress:
         train(objectives, rows, cfg.training, out, log=progress, evaluate=evaluate, description=cfg.name)
     finished = {name: objective.finished() for name, objective in objectives.items()}
     for name, dictionary in finished.items():
         dictionary.save_pretrained(out / "decompositions" / name)
     return finished
+
+
+def looking(
+    cfg: RunConfig, target: Target, objectives: Mapping[str, DictionaryObjective], run: str
+) -> Callable[[int], dict[str, float]]:
+    """What the loop calls for held-out scores on the way; the text is read once."""
+    quick = replace(cfg, evaluation=replace(cfg.evaluation, patched=[Patched.all], bootstrap=0))
+    text = heldout(cfg, target, sorted({site for each in objectives.values() for site in each.dictionary.writes}))
+
+    def look(step: int) -> dict[str, float]:
+        now = {name: [objective.finished()] for name, objective in objectives.items()}
+        return scores(measured(quick, target, now, run, text=text))
+
+    return look
 
 
 def baselines(cfg: RunConfig, target: Target) -> dict[str, NeuronBaseline]:
@@ -226,49 +236,42 @@ def baselines(cfg: RunConfig, target: Target) -> dict[str, NeuronBaseline]:
     }
 
 
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out text, which of its positions count, and the mean of each written site over training text."""
+
+    tokens: TokenBatch
+    keep: Bool[Tensor, "batch pos"]
+    means: dict[Site, Float[Tensor, " width"]]
+
+
+def heldout(cfg: RunConfig, target: Target, writes: Sequence[Site]) -> Heldout:
+    tokens = heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)
+    rows = harvester(cfg, target, writes)
+    means = site_means(measure(rows, cfg.evaluation.mean_seqs * cfg.tokens.seq_len), rows.layout)
+    return Heldout(tokens, kept(tokens, cfg.activations), means)
+
+
 def measured(
     cfg: RunConfig,
     target: Target,
     replacements: Mapping[str, Sequence[Decomposition]],
     run: str,
     seeds: Mapping[str, int] | None = None,
+    text: Heldout | None = None,
 ) -> "DataFrame":
-    """Rows for each named replacement, on held-out text; `seeds` are those of training, where they are not the run's."""
-    heldout = heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)
+    """Rows for each named replacement, on held-out text, read anew unless it is given.
+
+    `seeds` are those of training, where they are not the run's.
+    """
     writes = sorted({site for parts in replacements.values() for part in parts for site in part.writes})
-    rows = harvester(cfg, target, writes)
-    means = site_means(measure(rows, cfg.evaluation.mean_seqs * cfg.tokens.seq_len // 2), rows.layout)
-    found = evaluate_all(target, replacements, heldout, kept(heldout, cfg.activations), means, cfg.evaluation, cfg.seed)
+    text = heldout(cfg, target, writes) if text is None else text
+    found = evaluate_all(target, replacements, text.tokens, text.keep, text.means, cfg.evaluation, cfg.seed)
     contexts = {
         name: context(cfg, target, parts, run, name, (seeds or {}).get(name, cfg.seed))
         for name, parts in replacements.items()
     }
     return join([table(contexts[name], measurements) for name, measurements in found.items()])
-
-
-def context(cfg: RunConfig, target: Target, parts: Sequence[Decomposition], run: str, name: str, seed: int) -> Context:
-    """What stands beside every measurement of a replacement."""
-    match parts[0]:
-        case SparseDictionary(spec=spec):
-            architecture, activation, k = spec.architecture, spec.activation.kind.value, spec.activation.k
-        case NeuronBaseline(k=k):
-            architecture, activation = Architecture.neurons.value, Activation.topk.value
-        case other:
-            raise AssertionError(f"rows cannot name a {type(other).__name__}")
-    return Context(
-        experiment=cfg.name,
-        run=run,
-        name=name,
-        target=target.name,
-        tokens=cfg.tokens.path or cfg.tokens.kind.value,
-        split="heldout",
-        architecture=architecture,
-        layers=",".join(str(site.layer) for part in parts for site in part.writes),
-        n_features=parts[0].costs[0].n_components,
-        activation=activation,
-        k=sum(k) / len(k) if k else math.nan,
-        seed=seed,
-    )
 
 
 def scores(rows: "DataFrame") -> dict[str, float]:

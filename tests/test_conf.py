@@ -64,6 +64,13 @@ def test_every_option_of_every_group_composes(group: str, option: str):
     compose("config", ["name=any", f"{group}={option}", *needs.get(option, [])])
 
 
+def test_the_activation_functions_without_k_compose_as_the_sweep_file_says():
+    lines = (CONF / "sweep" / "activation.yaml").read_text().splitlines()
+    said = [line.removeprefix("#").split() for line in lines if line.startswith("#   ")]
+    made = [compose("exp_001_train_transcoder_pile", overrides).decomposition for overrides in said]
+    assert [each.activation.value for each in made] == ["jumprelu", "relu"]
+
+
 @pytest.mark.parametrize("axis", SWEEPS)
 def test_every_sweep_axis_names_settings_or_groups_that_exist(axis: str):
     said = yaml.safe_load((CONF / "sweep" / f"{axis}.yaml").read_text())["hydra"]

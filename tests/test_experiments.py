@@ -41,6 +41,17 @@ def pareto(out: Path, sweep: Path) -> Path:
     return out / PARETO
 
 
+def test_heldout_scores_on_the_way_end_at_those_of_the_finished_run(out: Path):
+    result = smoke("exp_002_train_transcoder_ss", out / "looking", "training.evaluate_every=5")
+    assert result.status == 0, result.err
+    rows = map(json.loads, (out / "looking" / "metrics.jsonl").read_text().splitlines())
+    looks = {row["step"]: row for row in rows if row["name"] == "heldout"}
+    scores = json.loads((out / "looking" / "scores.json").read_text())
+    assert list(looks) == [5, 10] and len(scores) == 4
+    assert {name: looks[10][name] for name in scores} == scores
+    assert all(looks[5][name] != score for name, score in scores.items())
+
+
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in (SWEEP, PARETO)])
 def test_every_experiment_runs_at_the_smallest_scale(name: str, out: Path):
     result = smoke(name, out / name)

@@ -23,7 +23,7 @@ class EvaluationConfig:
     batch_seqs: int
     inputs: list[Inputs]
     patched: list[Patched]
-    mean_seqs: int = 64  # sequences of the training split that give the means for mean-ablation
+    mean_seqs: int = 64  # full sequences' worth of training rows that give the means for mean-ablation, or more
     bootstrap: int = 1000  # resamples of sequences
     confidence: float = 0.95
 

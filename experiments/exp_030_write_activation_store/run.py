@@ -1,7 +1,7 @@
-"""exp_014: the rows of activations that a sweep trains on, written once to be read by all of its runs.
+"""exp_030: the rows of activations that a sweep trains on, written once to be read by all of its runs.
 
-python experiments/exp_014_write_activation_store/run.py
-python experiments/exp_014_write_activation_store/run.py +scale=tiny   # the model that ships: a minute on a CPU
+python experiments/exp_030_write_activation_store/run.py
+python experiments/exp_030_write_activation_store/run.py +scale=tiny   # the model that ships: a minute on a CPU
 
 Writes training.n_tokens rows of every site that `decomposition` (or `compare`) reads or writes to <out>/store. Killed,
 it goes on where it stopped when it is started in the same directory (hydra.run.dir=...).
@@ -13,7 +13,7 @@ from nndecomp.config.schema import ActivationsKind, RunConfig, require
 from nndecomp.run import experiment
 
 
-@experiment("exp_014_write_activation_store")
+@experiment("exp_030_write_activation_store")
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
     from nndecomp.activations.manifest import row_settings

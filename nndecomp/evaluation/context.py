@@ -1,0 +1,36 @@
+"""What stands beside every measurement: which decomposition, of what, in which run."""
+
+import math
+from collections.abc import Sequence
+
+from nndecomp.config.schema import Activation, Architecture, RunConfig
+from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.neurons import NeuronBaseline
+from nndecomp.evaluation.rows import Context
+from nndecomp.targets.base import Target
+
+
+def context(cfg: RunConfig, target: Target, parts: Sequence[Decomposition], run: str, name: str, seed: int) -> Context:
+    """Of a replacement, named `name` in its run, trained with `seed`."""
+    match parts[0]:
+        case SparseDictionary(spec=spec):
+            architecture, activation, k = spec.architecture, spec.activation.kind.value, spec.activation.k
+        case NeuronBaseline(k=k):
+            architecture, activation = Architecture.neurons.value, Activation.topk.value
+        case other:
+            raise AssertionError(f"rows cannot name a {type(other).__name__}")
+    return Context(
+        experiment=cfg.name,
+        run=run,
+        name=name,
+        target=target.name,
+        tokens=cfg.tokens.path or cfg.tokens.kind.value,
+        split="heldout",
+        architecture=architecture,
+        layers=",".join(str(site.layer) for part in parts for site in part.writes),
+        n_features=parts[0].costs[0].n_components,
+        activation=activation,
+        k=sum(k) / len(k) if k else math.nan,
+        seed=seed,
+    )
