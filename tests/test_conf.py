@@ -18,7 +18,7 @@ from nndecomp.config.registry import CONF, job_directory
 from nndecomp.config.schema import Architecture, RunConfig, TargetKind, TokensKind
 from nndecomp.config.sentences import settings
 from nndecomp.errors import SettingError
-from tests.experiment_parts import EXPERIMENTS, REPO, SCALES, SWEEPS, small_target
+from experiment_parts import EXPERIMENTS, REPO, SCALES, SWEEPS, small_target
 
 NAME = "exp_000_quickstart"
 GROUPS = ["target", "tokens", "activations", "decomposition", "training", "evaluation", "log"]

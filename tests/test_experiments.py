@@ -8,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 from nndecomp.evaluation.rows import read_rows
-from tests.experiment_parts import EXPERIMENTS, REPO, Finished, start
+from experiment_parts import EXPERIMENTS, REPO, Finished, start
 
 SWEEP, PARETO = "exp_010_train_transcoder_pile_sweep", "exp_011_pareto_trained_all_layers"
 # Three of the four values of k, and all layers, would be the same code again.

@@ -11,7 +11,7 @@ from nndecomp import checkpoint, run
 from nndecomp.config.compose import load
 from nndecomp.config.registry import job_directory
 from nndecomp.errors import SettingError
-from tests.experiment_parts import REPO, script, small_target, start
+from experiment_parts import REPO, script, small_target, start
 
 
 @pytest.fixture(scope="module")
