@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
+from experiment_parts import EXPERIMENTS, REPO, SCALES, SWEEPS, small_target
 
 from nndecomp import build
 from nndecomp.config import compose as composing
@@ -18,7 +19,6 @@ from nndecomp.config.registry import CONF, job_directory
 from nndecomp.config.schema import Architecture, RunConfig, TargetKind, TokensKind
 from nndecomp.config.sentences import settings
 from nndecomp.errors import SettingError
-from experiment_parts import EXPERIMENTS, REPO, SCALES, SWEEPS, small_target
 
 NAME = "exp_000_quickstart"
 GROUPS = ["target", "tokens", "activations", "decomposition", "training", "evaluation", "log"]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from experiment_parts import EXPERIMENTS, REPO, Finished, start
 from nbclient import NotebookClient
 
 from nndecomp.evaluation.rows import read_rows
-from experiment_parts import EXPERIMENTS, REPO, Finished, start
 
 SWEEP, PARETO = "exp_010_train_transcoder_pile_sweep", "exp_011_pareto_trained_all_layers"
 # Three of the four values of k, and all layers, would be the same code again.

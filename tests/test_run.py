@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from experiment_parts import REPO, script, small_target, start
 
 from nndecomp import checkpoint, run
 from nndecomp.config.compose import load
 from nndecomp.config.registry import job_directory
 from nndecomp.errors import SettingError
-from experiment_parts import REPO, script, small_target, start
 
 
 @pytest.fixture(scope="module")
