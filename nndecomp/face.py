@@ -76,11 +76,17 @@ def neurons(target: Target, k: int) -> NeuronBaseline:
 
 
 def tokenise(target: Target, text: Text) -> TokenBatch:
-    """One row a text, right-padded; begins with BOS where the target's tokenizer does so by itself."""
+    """One row a text, right-padded; begins with BOS where the target's tokenizer does so by itself.
+
+    Raises SettingError for a text that is empty or longer than the target's context.
+    """
     texts = [text] if isinstance(text, str) else list(text)
     cfg = TokensConfig(kind=TokensKind.stdlib, path=None, packing=Packing.documents, seq_len=max(2, target.shape.n_ctx))
     encoding = Encoding.of(cfg, target.tokenizer)
-    rows = [encoding.document_row(ids) for ids in encoding.ids(texts)]
+    ids_of_texts, longest = encoding.ids(texts), target.shape.n_ctx - (encoding.bos is not None)
+    for i, ids in enumerate(ids_of_texts):
+        require(0 < len(ids) <= longest, f"text {i} has {len(ids)} tokens, but {target.name} takes in 1 to {longest}")
+    rows = [encoding.document_row(ids) for ids in ids_of_texts]
     return TokenBatch.of(rows, max(len(row.ids) for row in rows), encoding.pad).to(target.device)
 
 

@@ -105,6 +105,14 @@ def test_a_saved_directory_is_loaded_as_well_as_a_run(run: Path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), direct.parameters(), strict=True))
 
 
+def test_a_text_longer_than_the_context_is_refused_and_not_cut(target: Target):
+    n_ctx = target.shape.n_ctx
+    with pytest.raises(SettingError, match=f"text 1 has .* takes in 1 to {n_ctx}"):
+        nndecomp.tokenise(target, [TEXT, "x = 1\n" * n_ctx])
+    with pytest.raises(SettingError, match="text 0 has 0 tokens"):
+        nndecomp.tokenise(target, "")
+
+
 def test_what_is_not_there_is_named(target: Target, run: Path):
     with pytest.raises(SettingError, match="there are: cross_layer_transcoder, per_layer_transcoder"):
         nndecomp.load_decomposition(run, "clt")

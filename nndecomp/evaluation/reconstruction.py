@@ -2,8 +2,9 @@
 
     fvu = sum |y - y_hat|^2 / sum |y - mean y|^2        fraction of variance unexplained, 1 - explained variance
 
-over all kept tokens, sums in float64: 1 for a decomposition that always answers the mean, the same under y -> a y.
-Pooled over sites, `fvu` divides summed errors by summed variances (a site with more variance weighs more);
+y is what arrives at the site in the run that is measured: in the undisturbed run (clean), or in the one with everything
+replaced (live), where it is what the module computes from disturbed inputs. Sums are over all kept
+tokens, in float64. fvu is 1 for a decomposition that always answers the mean, and the same under y -> a y. Pooled over sites, `fvu` divides summed errors by summed variances (a site with more variance weighs more);
 `fvu_mean_over_sites` weighs sites equally.
 """
 
