@@ -195,6 +195,7 @@ def trained(cfg: RunConfig, target: Target, out: Path) -> dict[str, SparseDictio
         name: each for name, each in decompositions(cfg).items() if each.architecture is not Architecture.neurons
     }
     require(bool(configs), "decomposition.architecture=neurons is a baseline that is never trained; write another one")
+    heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
     dictionaries = {
         name: build_dictionary(each, target.shape, cfg.seed, target.device, target.name)
         for name, each in configs.items()

@@ -52,6 +52,13 @@ def test_heldout_scores_on_the_way_end_at_those_of_the_finished_run(out: Path):
     assert all(looks[5][name] != score for name, score in scores.items())
 
 
+def test_too_little_heldout_text_is_refused_before_training(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("def area(r): return r * r\n" * 999)
+    result = smoke("exp_002_train_transcoder_ss", tmp_path / "run", "tokens=files", f"tokens.path={tmp_path}")
+    assert result.status == 2 and "the held-out split of" in result.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in (SWEEP, PARETO)])
 def test_every_experiment_runs_at_the_smallest_scale(name: str, out: Path):
     result = smoke(name, out / name)
