@@ -222,6 +222,8 @@ def test_a_job_is_named_by_its_overrides_so_that_a_longer_sweep_finds_it():
         ("evaluation.inputs=[]", "evaluation.inputs=[] must name at least one"),
         ("evaluation.patched=[all,all]", "evaluation.patched=['all', 'all'] must name at least one, and each once"),
         ("evaluation.patched=[single]", "evaluation.patched=['single'] lacks all"),
+        ("runs=output", "runs=output is not a list; write runs=[...]"),
+        ("tokens=files", "tokens.path has no value; write tokens.path=..."),
         ("compare.k=[]", "compare.k=[] must name at least one"),
         ("compare.architectures=[neurons,neurons]", "each once"),
     ],

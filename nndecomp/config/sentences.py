@@ -84,9 +84,12 @@ def sentence(error: BaseException, conf: Path) -> str:
             return where + unknown_setting(first.full_key)
         case ValidationError():
             given = re.search(r"override (\S+=.*)", str(error))
-            return f"{where}{given[1] if given else first.full_key} is not possible: {first.full_key}: {said}"
+            asked = given[1] if given else first.full_key
+            if "is not a ListConfig" in said:
+                return f"{where}{asked} is not a list; write {first.full_key}=[...]"
+            return f"{where}{asked} is not possible: {first.full_key}: {said}"
         case MissingMandatoryValue():
-            return f"{where}a setting has no value: {said}"
+            return f"{where}{first.full_key} has no value; write {first.full_key}=..."
         case YAMLError():
             return f"a file in conf/ is not YAML: {' '.join(str(first).split())}"
         case AssertionError():
