@@ -42,7 +42,8 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
         )
     store = open_store(out / "store")
     verify(store)
-    print(f"{store.n_rows} rows of {', '.join(map(str, store.layout.sites))} -> activations.store={out / 'store'}")
+    print(f"{store.n_rows} rows of {', '.join(map(str, store.layout.sites))}; to train on them:")
+    print(f"activations=store activations.dtype={cfg.activations.dtype.value} activations.store={out / 'store'}")
     return {"n_rows": store.n_rows, "bytes": sum(shard.bytes for shard in store.manifest.shards)}
 
 
