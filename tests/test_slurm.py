@@ -69,18 +69,26 @@ def test_a_sweep_runs_through_the_queue_and_leaves_finished_runs(slurm: Cluster,
     wait_until(lambda: slurm.run("scontrol", "show", "job").count(completed) == 2, 30, "SLURM has seen both jobs end")
 
 
-def test_a_preempted_job_goes_on_and_ends_as_one_never_stopped(slurm: Cluster, target: Path, tmp_path: Path):
-    long = ["decomposition.k=4", "training.n_tokens=102400", "training.checkpoint_every=20"]
+def test_a_preempted_job_goes_on_and_ends_as_one_never_stopped(
+    slurm: Cluster, target: Path, tmp_path: Path, request: pytest.FixtureRequest
+):
+    long = ["decomposition.k=4", "training.n_tokens=256_000", "training.checkpoint_every=50"]
     calm, sweep = tmp_path / "calm", tmp_path / "sweep"
     preemptible = through_the_queue(sweep, "hydra.launcher.partition=preempt", *long)
     with (tmp_path / "launch.log").open("w") as log:
         launch = subprocess.Popen(command(target, *preemptible), env=slurm.env, stdout=log, stderr=log)
+        request.addfinalizer(launch.wait)
+        request.addfinalizer(launch.kill)
 
     wait_until(lambda: any(sweep.glob("*/checkpoint/step_*/state.json")), 300, f"a checkpoint\n{said_by(sweep)}")
     (number,) = slurm.jobs()
     slurm.run("sbatch", "--partition=main", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    wait_until(lambda: "Restarts=1" in slurm.run("scontrol", "-o", "show", "job", number), 60, "the job is requeued")
-    assert not list(sweep.glob("*/scores.json")), "the job had ended before it was preempted"
+
+    def requeued() -> bool:
+        assert not list(sweep.glob("*/scores.json")), "the job had ended before it was preempted: train for longer"
+        return "Restarts=1" in slurm.run("scontrol", "-o", "show", "job", number)
+
+    wait_until(requeued, 60, f"the job is requeued: {slurm.run('scontrol', '-o', 'show', 'job', number)}")
     # Logged before the checkpoint that the job left, with its timings: a job that started from nothing has others.
     *_, checkpoint = sorted(sweep.glob("*/checkpoint/step_*/state.json"))
     metrics = checkpoint.parents[2] / "metrics.jsonl"

@@ -2,15 +2,23 @@
 
 The trainer listens itself, since submitit ignores SIGTERM. Once the state is saved the signal goes on to whoever listened
 before (submitit's SIGUSR2 handler requeues the job); if nobody ends the process, `Preempted` does.
+
+After SIGTERM in a SLURM job the process waits to be killed. SLURM requeues a preempted job when it kills it at the end of
+the grace time; one that ends by itself before that counts as finished, and is not started again.
 """
 
+import logging
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+log = logging.getLogger(__name__)
+SLURM_KILLS_WITHIN_S = 3600  # longer than any grace time we know of; a job that nobody kills ends after it
 EXIT_STATUS = 75  # EX_TEMPFAIL: try again. Started again with the same output directory, the run goes on.
 
 
@@ -41,6 +49,9 @@ class Preemption:
         before = self.before[self.received]
         if callable(before):
             before(self.received, None)
+        if self.received is signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
+            log.info("%s; SLURM is left to end or requeue the job", sentence)
+            time.sleep(SLURM_KILLS_WITHIN_S)
         raise Preempted(sentence)
 
 
