@@ -25,7 +25,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> DataFrame:
     assert result.status == 0, result.err
     rows = read_rows(out / "rows.parquet")
     whole = rows[(rows.site == "all") & (rows.patched == "all")]
-    return whole.set_index(["name", "inputs", "metric"], verify_integrity=True).sort_index()
+    whole = whole.set_index(["name", "inputs", "metric"]).sort_index()
+    assert whole.index.is_unique
+    return whole
 
 
 @pytest.mark.parametrize("inputs", ["live", "clean"])
