@@ -1,7 +1,7 @@
 """A run directory: saved whole or not at all.
 
     <out>/config.yaml        the settings, resolved
-          provenance.json    for each start of the run: commit, what differed from it, versions, device
+          provenance.json    for each start of the run: overrides of the command line, commit, what differed from it, versions, device
           git.diff           what differed from the commit, at the last start at which anything did
           metrics.jsonl      training and held-out metrics
           checkpoint/        training's state, while training and after
@@ -19,7 +19,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,13 +96,13 @@ def scores(out: Path) -> dict[str, float]:
     return read_json(out / "scores.json")
 
 
-def write_provenance(out: Path) -> None:
-    """Adds this start of the run to provenance.json, and keeps what differs from the commit in git.diff."""
+def write_provenance(out: Path, overrides: Sequence[str]) -> None:
+    """Adds this start of the run, with `overrides` on its command line, to provenance.json, and keeps what differs from the commit in git.diff."""
     path = out / "provenance.json"
     starts = read_json(path) if path.exists() else []
     if diff := git("diff", "HEAD", "--binary") or "":
         write_text(out / "git.diff", diff)
-    write_json(path, [*starts, provenance()])
+    write_json(path, [*starts, {"overrides": list(overrides), **provenance()}])
 
 
 def provenance() -> dict[str, Any]:

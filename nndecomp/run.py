@@ -13,7 +13,7 @@ checkpoint when it is started in the same directory (`hydra.run.dir=...`, for a 
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +41,8 @@ def experiment(name: str) -> Callable[[Main], Callable[[], None]]:
         def job(raw: DictConfig) -> dict[str, float]:
             single = HydraConfig.get().mode is RunMode.RUN
             try:
-                return run(resolve(raw), Path(HydraConfig.get().runtime.output_dir), main)
+                started = HydraConfig.get()
+                return run(resolve(raw), Path(started.runtime.output_dir), main, started.overrides.task)
             except SettingError as error:
                 if single:
                     refuse(error)  # before Hydra adds a line of its own
@@ -79,7 +80,7 @@ def check(jobs: list[RunConfig]) -> None:
             build.check(cfg)
 
 
-def run(cfg: RunConfig, out: Path, main: Main) -> dict[str, float]:
+def run(cfg: RunConfig, out: Path, main: Main, overrides: Sequence[str]) -> dict[str, float]:
     """One job: the run directory, the process's own state, the experiment, and its scores last."""
     from nndecomp import build  # late: torch takes seconds
 
@@ -91,7 +92,7 @@ def run(cfg: RunConfig, out: Path, main: Main) -> dict[str, float]:
     if "SLURM_JOB_ID" in os.environ and not cfg.allow_dirty:
         unchanged_since_submission()
     checkpoint.write_text(out / "config.yaml", dump(cfg))
-    checkpoint.write_provenance(out)
+    checkpoint.write_provenance(out, overrides)
     build.process(cfg)
     scores = main(cfg, out)
     log.info("done: %s", out)

@@ -89,11 +89,11 @@ def test_provenance_has_the_commit_and_what_differs_from_it(tmp_path: Path, monk
     commit = repository(tmp_path / "source")
     monkeypatch.setattr(checkpoint, "SOURCE", tmp_path / "source")
     out = tmp_path / "out"
-    checkpoint.write_provenance(out)
+    checkpoint.write_provenance(out, ["seed=3"])
     assert not (out / "git.diff").exists()
     (tmp_path / "source/code.py").write_text("x = 2\n")
     (tmp_path / "source/new.py").write_text("")
-    checkpoint.write_provenance(out)
+    checkpoint.write_provenance(out, ["seed=3"])
     starts = json.loads((out / "provenance.json").read_text())
     assert [start["commit"] for start in starts] == [commit, commit]
     assert [start["changed"] for start in starts] == [[], ["code.py", "new.py"]]
@@ -106,7 +106,7 @@ def test_provenance_has_versions_and_no_path_or_machine(tmp_path: Path, monkeypa
     import torch
 
     monkeypatch.setattr(checkpoint, "SOURCE", tmp_path)  # installed: no git tree
-    checkpoint.write_provenance(tmp_path / "out")
+    checkpoint.write_provenance(tmp_path / "out", [])
     text = (tmp_path / "out/provenance.json").read_text()
     [start] = json.loads(text)
     assert start["commit"] is None and start["changed"] is None

@@ -49,7 +49,7 @@ def test_a_run_directory_holds_what_the_result_came_from(finished: Path):
     assert load(finished / "config.yaml").decomposition.k == 16
     (came_from,) = json.loads((finished / "provenance.json").read_text())
     assert {"commit", "changed", "packages", "python"} <= came_from.keys()
-    assert (finished / "hydra" / "overrides.yaml").is_file() and "done" in (finished / "run.log").read_text()
+    assert "threads=1" in came_from["overrides"] and "done" in (finished / "run.log").read_text()
 
 
 def test_scores_are_the_last_file_written(finished: Path):
@@ -82,12 +82,17 @@ def test_a_finished_run_is_skipped_wherever_it_is_started_again(finished: Path, 
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_run_in_the_directory_of_another_is_refused(finished: Path, here: Path, settings: list[str]):
+def test_a_run_in_the_directory_of_another_is_refused_and_leaves_it_as_it_was(
+    finished: Path, here: Path, settings: list[str]
+):
+    content = lambda: {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}  # noqa: E731
+    before = content()
     other = start(script(here, BODY), *settings, f"hydra.run.dir={finished}", "decomposition.k=8")
     assert other.status == 2
     assert other.err.strip().splitlines() == [
         f"{finished} holds a run with other settings (decomposition.k: 16, 8); give this one its own directory"
     ]
+    assert content() == before
 
 
 def test_a_run_that_died_goes_on_in_its_directory(here: Path, settings: list[str]):
