@@ -3,18 +3,17 @@
 settings -> target -> tokens -> stream of rows -> objectives -> trained dictionaries -> measurements
 """
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nndecomp.activations.harvest import Harvester, kept
+from nndecomp.activations.buffer import check_capacity
+from nndecomp.activations.harvest import Harvester, check_positions, kept
 from nndecomp.activations.manifest import row_settings
 from nndecomp.activations.statistics import measure, site_means, site_scales
 from nndecomp.activations.store import Store, open_store, verify
@@ -65,15 +64,6 @@ def device(cfg: RunConfig) -> torch.device:
     return torch.device(cfg.device)
 
 
-def process(cfg: RunConfig) -> None:
-    """The state a process has only one of: seeds and threads."""
-    random.seed(cfg.seed)
-    np.random.seed(cfg.seed % 2**32)
-    torch.manual_seed(cfg.seed)
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-
-
 def decompositions(cfg: RunConfig) -> dict[str, DecompositionConfig]:
     """Every decomposition of a run by name: the one of `decomposition`, or the grid of `compare`."""
     if cfg.compare is None:
@@ -101,14 +91,20 @@ def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int
     return replace(cfg, architecture=architecture, reads=reads, writes=["mlp_out"], k=k, **changes)
 
 
-def check(cfg: RunConfig) -> None:
-    """Refuses (SettingError) what sizes alone can refuse: no weight is loaded, nothing is written."""
+def check(cfg: RunConfig, trains: bool = False) -> None:
+    """Refuses (SettingError) what sizes alone can refuse: no weight is loaded, nothing is written.
+
+    trains: the experiment trains decompositions.
+    """
     device(cfg)
     check_log(cfg.log)
     if cfg.pretrain is not None:
         return  # the target is made by the run
     shape = target_shape(cfg.target)
     check_length(cfg, shape)
+    check_positions(cfg.activations, cfg.tokens.seq_len)
+    if trains:
+        trainable(cfg)
     if cfg.runs:
         check_runs(cfg)
     sites = decomposed_sites(cfg, shape)
@@ -160,10 +156,8 @@ def stream(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> RowStream:
         case ActivationsKind.live:
             return live_stream(harvester(cfg, target, sites), cfg.training.batch_tokens, cfg.seed)
         case ActivationsKind.store:
-            window_rows = cfg.activations.buffer_tokens
-            return StoreStream(
-                store(cfg, target, sites), cfg.training.batch_tokens, cfg.seed, window_rows, target.device
-            )
+            rows, window_rows = store(cfg, target, sites), cfg.activations.buffer_tokens
+            return StoreStream(rows, cfg.training.batch_tokens, cfg.seed, window_rows, target.device)
 
 
 def store(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> Store:
@@ -189,12 +183,20 @@ def scales(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> dict[Site, 
             return site_scales(measure(rows, cfg.activations.normalisation_tokens), rows.layout)
 
 
+def trainable(cfg: RunConfig) -> dict[str, DecompositionConfig]:
+    """The decompositions to train; SettingError if there is none, or the buffer cannot hold their rows."""
+    every = decompositions(cfg)
+    configs = {name: each for name, each in every.items() if each.architecture is not Architecture.neurons}
+    require(bool(configs), "decomposition.architecture=neurons is a baseline that is never trained; write another one")
+    if cfg.activations.kind is ActivationsKind.live:
+        rows_at_most = cfg.activations.batch_seqs * cfg.tokens.seq_len
+        check_capacity(cfg.activations.buffer_tokens, cfg.training.batch_tokens, rows_at_most)
+    return configs
+
+
 def trained(cfg: RunConfig, target: Target, out: Path) -> dict[str, SparseDictionary]:
     """Trains every dictionary of the run on one stream, going on from a checkpoint, and saves them."""
-    configs = {
-        name: each for name, each in decompositions(cfg).items() if each.architecture is not Architecture.neurons
-    }
-    require(bool(configs), "decomposition.architecture=neurons is a baseline that is never trained; write another one")
+    configs = trainable(cfg)
     heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
     dictionaries = {
         name: build_dictionary(each, target.shape, cfg.seed, target.device, target.name)
@@ -290,5 +292,5 @@ def reported(rows: "DataFrame", out: Path) -> dict[str, float]:
     style.save(figures.pareto(rows), out / "figures", "pareto")
     table = tables.summary(rows)
     write_text(out / "table.md", tables.markdown(table))
-    print(tables.terminal(table), *tables.notices(rows), f"-> {out}", sep="\n")
+    print(tables.terminal(table), *tables.notices(rows), sep="\n")
     return scores(rows)

@@ -12,6 +12,7 @@ checkpoint when it is started in the same directory (`hydra.run.dir=...`, for a 
 
 import logging
 import os
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,8 +35,11 @@ log = logging.getLogger(__name__)
 SUBMITTED = "NNDECOMP_SUBMITTED_COMMIT"
 
 
-def experiment(name: str) -> Callable[[Main], Callable[[], None]]:
-    """Makes `main(cfg, out) -> scores` a command line program, its settings in conf/<name>.yaml."""
+def experiment(name: str, *, trains: bool = False) -> Callable[[Main], Callable[[], None]]:
+    """Makes `main(cfg, out) -> scores` a command line program, its settings in conf/<name>.yaml.
+
+    trains: it trains decompositions, so settings with which none can be trained are refused at once.
+    """
 
     def wrap(main: Main) -> Callable[[], None]:
         def job(raw: DictConfig) -> dict[str, float]:
@@ -55,7 +59,7 @@ def experiment(name: str) -> Callable[[Main], Callable[[], None]]:
                 asked = command_line(name)
                 if asked.on_slurm and not all(cfg.allow_dirty for cfg in asked.jobs):
                     os.environ[SUBMITTED] = committed()  # SLURM hands the environment on to the jobs
-                check(asked.jobs)
+                check(asked.jobs, trains)
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
             except SettingError as error:
                 refuse(error)
@@ -71,19 +75,17 @@ def refuse(error: SettingError) -> None:
     sys.exit(2)
 
 
-def check(jobs: list[RunConfig]) -> None:
+def check(jobs: list[RunConfig], trains: bool) -> None:
     """Everything that sizes alone can refuse, for all jobs, before a model is loaded or a directory made."""
     if jobs:
         from nndecomp import build  # late: torch takes seconds, and --help should not
 
         for cfg in jobs:
-            build.check(cfg)
+            build.check(cfg, trains)
 
 
 def run(cfg: RunConfig, out: Path, main: Main, overrides: Sequence[str]) -> dict[str, float]:
     """One job: the run directory, the process's own state, the experiment, and its scores last."""
-    from nndecomp import build  # late: torch takes seconds
-
     if (out / "config.yaml").exists():
         same_settings(cfg, out)
     if checkpoint.finished(out):
@@ -93,11 +95,23 @@ def run(cfg: RunConfig, out: Path, main: Main, overrides: Sequence[str]) -> dict
         unchanged_since_submission()
     checkpoint.write_text(out / "config.yaml", dump(cfg))
     checkpoint.write_provenance(out, overrides)
-    build.process(cfg)
+    set_process(cfg)
     scores = main(cfg, out)
     log.info("done: %s", out)
     checkpoint.write_scores(out, scores)
     return scores
+
+
+def set_process(cfg: RunConfig) -> None:
+    """The state a process has only one of: seeds and threads."""
+    import numpy as np
+    import torch  # late: takes seconds
+
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
+    torch.manual_seed(cfg.seed)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
 
 
 def same_settings(cfg: RunConfig, out: Path) -> None:

@@ -10,6 +10,7 @@ from experiment_parts import REPO, script, small_target, start
 
 from nndecomp import checkpoint, run
 from nndecomp.config.compose import load
+from nndecomp.config.jobs import command_line
 from nndecomp.config.registry import job_directory
 from nndecomp.errors import SettingError
 
@@ -127,6 +128,20 @@ def test_a_setting_that_cannot_work_ends_as_one_line_and_status_2_and_leaves_not
         script(here, "from nndecomp.errors import SettingError\nraise SettingError('late, but one line')"), *settings
     )
     assert (late.status, late.err.splitlines()) == (2, ["late, but one line"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("activations.buffer_tokens=10", "activations.buffer_tokens=10 is too small"),
+        ("activations.drop_first=32", "activations.drop_first=32 leaves nothing of tokens.seq_len=32"),
+        ("decomposition=neurons", "decomposition.architecture=neurons is a baseline"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(settings: list[str], setting: str, sentence: str):
+    jobs = command_line("exp_001_train_transcoder_pile", [*settings, setting]).jobs
+    with pytest.raises(SettingError, match=sentence):
+        run.check(jobs, trains=True)
 
 
 def test_a_fault_keeps_its_traceback(here: Path, settings: list[str]):

@@ -25,6 +25,16 @@ class RowSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def check_capacity(capacity: int, batch_tokens: int, rows_at_most: int) -> None:
+    """SettingError if a buffer of `capacity` rows cannot hold a batch to serve beside a batch of its source."""
+    smallest = batch_tokens + rows_at_most
+    require(
+        capacity >= smallest,
+        f"activations.buffer_tokens={capacity} is too small; it must hold training.batch_tokens={batch_tokens} "
+        f"and the {rows_at_most} rows of one forward pass (batch_seqs x seq_len): {smallest} or more",
+    )
+
+
 class ShuffleBuffer:
     """`capacity` rows in one tensor, of which random ones are served and steadily replaced by fresh ones.
 
@@ -43,12 +53,7 @@ class ShuffleBuffer:
     """
 
     def __init__(self, source: RowSource, capacity: int, batch_tokens: int, seed: int) -> None:
-        smallest = batch_tokens + source.rows_at_most
-        require(
-            capacity >= smallest,
-            f"activations.buffer_tokens={capacity} is too small; it must hold training.batch_tokens={batch_tokens} "
-            f"and the {source.rows_at_most} rows of one forward pass (batch_seqs x seq_len): {smallest} or more",
-        )
+        check_capacity(capacity, batch_tokens, source.rows_at_most)
         self.source, self.layout, self.batch_tokens = source, source.layout, batch_tokens
         self.rows = torch.zeros(capacity, source.layout.width, dtype=source.dtype, device=source.device)
         self.order = torch.arange(capacity)

@@ -32,6 +32,14 @@ def kept(batch: TokenBatch, cfg: ActivationsConfig) -> Bool[Tensor, "batch pos"]
     return keep
 
 
+def check_positions(cfg: ActivationsConfig, seq_len: int) -> None:
+    """SettingError if `drop_first` leaves nothing of a sequence."""
+    require(
+        cfg.drop_first < seq_len,
+        f"activations.drop_first={cfg.drop_first} leaves nothing of tokens.seq_len={seq_len} positions",
+    )
+
+
 class Harvester:
     """Runs the target over a token stream: one forward pass for all sites, stopped after the last of them.
 
@@ -44,10 +52,7 @@ class Harvester:
     def __init__(
         self, target: Target, tokens: Tokens, sites: Sequence[Site], cfg: ActivationsConfig, *, seq_len: int
     ) -> None:
-        require(
-            cfg.drop_first < seq_len,
-            f"activations.drop_first={cfg.drop_first} leaves nothing of tokens.seq_len={seq_len} positions",
-        )
+        check_positions(cfg, seq_len)
         self.target, self.tokens, self.cfg, self.seq_len = target, tokens, cfg, seq_len
         self.layout = Layout.of({site: target.shape.width(site) for site in sites})
         self.dtype = getattr(torch, cfg.dtype.value)

@@ -6,6 +6,7 @@ Between two log points nothing is asked of the device. A run that is killed, at 
 the same output directory ends with the same weights and metrics, bit for bit, as one that never was.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from enum import Enum
@@ -26,6 +27,7 @@ from nndecomp.training.schedules import learning_rate
 from nndecomp.training.state import check_facts, read_facts, read_state, save_state, saved_steps, shapes, tidy
 from nndecomp.training.window import Window, check_parameters
 
+logger = logging.getLogger(__name__)
 STREAM = "(stream)"  # the stream's lane of random numbers; no objective is called so
 # Settings that say when something is written or looked at. They may change between two starts of a run.
 OCCASIONS = ("checkpoint_every", "evaluate_every", "log_every")
@@ -129,6 +131,7 @@ def train(
         set_random_state(state["random"])
         lanes.states = state["lanes"]
         log.rewind(log_bytes)
+        logger.info("going on from step %d of %d", first, cfg.n_steps)
     else:
         log.rewind(0)
 
