@@ -10,6 +10,7 @@ rows = nndecomp.evaluate(target, clt, "tokens=stdlib", "evaluation.n_seqs=32")
 """
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,14 @@ def load_target(name: str, device: str = "cpu", dtype: str | None = None, revisi
 
     `dtype` (float32, bfloat16, float16) and `revision` (of a Hugging Face id) replace the file's, if given.
     """
-    path = Path(name)
-    if (CONF / "target" / f"{name}.yaml").is_file():
+    path, known = Path(name).expanduser(), sorted(file.stem for file in (CONF / "target").glob("*.yaml"))
+    if name in known:
         cfg = compose("config", [f"target={name}", "name=notebook"]).target
     elif name.startswith("wandb:") or (path / "model_config.yaml").is_file():
         cfg = TargetConfig(kind=TargetKind.llama_simple_mlp, path=name)
     else:
+        close = [] if "/" in name or path.is_dir() else get_close_matches(name, known)
+        require(not close, f"target {name} is neither a file of conf/target nor a directory; is it {', '.join(close)}?")
         cfg = TargetConfig(kind=TargetKind.huggingface, path=name)
     if dtype is not None:
         require(dtype in DType.__members__, f"dtype={dtype} is not one of {', '.join(DType.__members__)}")
@@ -58,14 +61,16 @@ def load_target(name: str, device: str = "cpu", dtype: str | None = None, revisi
 
 def load_decomposition(source: str | Path, name: str | None = None, device: str = "cpu") -> SparseDictionary:
     """Of a run directory (`name` says which, if it holds several), a saved directory, or the Hugging Face Hub."""
-    saved = Path(source) / "decompositions"
+    saved = Path(source).expanduser() / "decompositions"
     if not saved.is_dir():
         require(name is None, f"{source} is not a run directory: it has no decompositions/{name}")
         return SparseDictionary.from_pretrained(source, device)
-    names = sorted(path.name for path in saved.iterdir())
-    name = names[0] if name is None and len(names) == 1 else name
+    names = sorted(path.parent.name for path in saved.glob("*/config.json"))  # not those that are still being written
+    require(bool(names), f"{source} has no decomposition yet: nothing in {saved} is whole")
+    require(name is not None or len(names) == 1, f"{source} has several decompositions; name one of {', '.join(names)}")
+    name = names[0] if name is None else name
     require(name in names, f"{source} has no decomposition {name}; there are: {', '.join(names)}")
-    return SparseDictionary.from_pretrained(saved / str(name), device)
+    return SparseDictionary.from_pretrained(saved / name, device)
 
 
 def neurons(target: Target, k: int) -> NeuronBaseline:
@@ -81,6 +86,7 @@ def tokenise(target: Target, text: Text) -> TokenBatch:
     Raises SettingError for a text that is empty or longer than the target's context.
     """
     texts = [text] if isinstance(text, str) else list(text)
+    require(bool(texts), "text=[] holds no text; give one text or several")
     cfg = TokensConfig(kind=TokensKind.stdlib, path=None, packing=Packing.documents, seq_len=max(2, target.shape.n_ctx))
     encoding = Encoding.of(cfg, target.tokenizer)
     ids_of_texts, longest = encoding.ids(texts), target.shape.n_ctx - (encoding.bos is not None)
@@ -92,6 +98,8 @@ def tokenise(target: Target, text: Text) -> TokenBatch:
 
 def record(target: Target, text: Text, sites: Sequence[str]) -> dict[str, Float[Tensor, "batch pos _"]]:
     """Activations by the names they were asked for: `L3.mlp_out`, `L0.z.h5`, `embed`, `blocks.3.hook_mlp_out`."""
+    require(not isinstance(sites, str), f"sites={sites!r} is not a list; write [{sites!r}]")
+    require(len(sites) > 0, "sites=[] names none; write for example ['L0.mlp_in']")
     parsed = {name: Site.parse(name) for name in sites}
     for site in parsed.values():
         target.shape.check(site, "sites")

@@ -53,6 +53,15 @@ def test_codes_of_groups_stand_side_by_side():
     assert codes.fired().tolist() == [True, True, False, True, True, True]
 
 
+def test_printed_codes_are_one_line_of_sizes():
+    assert repr(sparse(MATRIX)) == "SparseCodes(3 tokens, 4 features, 1.3 active a token)"
+    assert repr(DenseCodes(MATRIX)) == "DenseCodes(3 tokens, 4 features, 1.3 active a token)"
+    assert repr(Codes((sparse(MATRIX),) * 2)) == "Codes(3 tokens, 2 groups of 4 features, 1.3 active a group)"
+    mixed = Codes((sparse(MATRIX), DenseCodes(MATRIX[:, :2])))
+    assert repr(mixed) == "Codes(3 tokens, 2 groups of 4 or 2 features, 1.0 active a group)"
+    assert repr(DenseCodes(MATRIX[:0])) == "DenseCodes(0 tokens, 4 features, none active a token)"
+
+
 def test_decoding_and_its_gradients_equal_the_dense_product():
     pre = torch.randn(50, 30, dtype=torch.float64)
     support = topk_support(pre, 4)

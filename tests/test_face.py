@@ -116,7 +116,7 @@ def test_a_text_longer_than_the_context_is_refused_and_not_cut(target: Target):
 def test_what_is_not_there_is_named(target: Target, run: Path):
     with pytest.raises(SettingError, match="there are: cross_layer_transcoder, per_layer_transcoder"):
         nndecomp.load_decomposition(run, "clt")
-    with pytest.raises(SettingError, match="there are: cross_layer_transcoder, per_layer_transcoder"):
+    with pytest.raises(SettingError, match="name one of cross_layer_transcoder, per_layer_transcoder"):
         nndecomp.load_decomposition(run)
     with pytest.raises(SettingError, match="layers 0 to 3"):
         nndecomp.record(target, TEXT, ["L9.mlp_in"])
@@ -124,6 +124,44 @@ def test_what_is_not_there_is_named(target: Target, run: Path):
         nndecomp.patched_logits(target, nndecomp.neurons(target, 4), TEXT, layers=[7])
     with pytest.raises(SettingError, match="tokens.seq_len=5000"):
         nndecomp.evaluate(target, nndecomp.neurons(target, 4), "tokens.seq_len=5000")
+
+
+@pytest.mark.parametrize("source", ["output/nope", "./nope", "~/nope", "nope", "tests/nope", "a/b/c", Path("a/b")])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source: str | Path):
+    with pytest.raises(SettingError, match="is neither a directory nor a Hub id"):
+        nndecomp.load_decomposition(source)
+
+
+def test_a_hub_id_that_gives_nothing_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SettingError, match=r"nobody/nothing \(revision=None\) is no directory, and the Hub"):
+        nndecomp.load_decomposition("nobody/nothing")
+
+
+def test_a_decomposition_that_is_still_being_written_is_not_counted(run: Path, tmp_path: Path):
+    saved = tmp_path / "decompositions"
+    (saved / "partial").mkdir(parents=True)
+    with pytest.raises(SettingError, match="has no decomposition yet"):
+        nndecomp.load_decomposition(tmp_path)
+    (saved / "clt").symlink_to(run / "decompositions" / "cross_layer_transcoder")
+    assert nndecomp.load_decomposition(tmp_path).spec.architecture == "cross_layer_transcoder"
+
+
+def test_texts_and_sites_that_are_none_or_no_list_are_named(target: Target):
+    with pytest.raises(SettingError, match="text 0 has 0 tokens"):
+        nndecomp.record(target, "", ["L1.mlp_in"])
+    with pytest.raises(SettingError, match=r"text=\[\] holds no text"):
+        nndecomp.record(target, [], ["L1.mlp_in"])
+    with pytest.raises(SettingError, match=r"sites='L1.mlp_in' is not a list; write \['L1.mlp_in'\]"):
+        nndecomp.record(target, TEXT, "L1.mlp_in")
+    with pytest.raises(SettingError, match=r"sites=\[\] names none"):
+        nndecomp.record(target, TEXT, [])
+
+
+@pytest.mark.parametrize(("name", "meant"), [("tinyy", "tiny"), ("gpt-2", "gpt2")])
+def test_a_misspelt_target_is_answered_with_the_names_that_are_close(name: str, meant: str):
+    with pytest.raises(SettingError, match=f"target {name} is neither .* is it .*{meant}"):
+        nndecomp.load_target(name)
 
 
 def test_importing_is_quick_and_the_names_are_there():

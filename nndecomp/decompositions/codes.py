@@ -46,6 +46,9 @@ class SparseCodes:
     def decode(self, W_dec: Float[Tensor, "feature d_write"]) -> Float[Tensor, "token d_write"]:
         return kernels.decode(self.values, self.support, W_dec)
 
+    def __repr__(self) -> str:
+        return f"SparseCodes({_sizes(self)})"
+
     def dense(self) -> Float[Tensor, "token feature"]:
         blank = self.values.new_zeros(self.n_tokens, self.n_features)
         return blank.index_put((self.tokens, self.indices), self.values)
@@ -85,6 +88,9 @@ class DenseCodes:
     def decode(self, W_dec: Float[Tensor, "feature d_write"]) -> Float[Tensor, "token d_write"]:
         return self.values.to(W_dec.dtype) @ W_dec
 
+    def __repr__(self) -> str:
+        return f"DenseCodes({_sizes(self)})"
+
     def dense(self) -> Float[Tensor, "token feature"]:
         return self.values
 
@@ -109,11 +115,28 @@ class DenseCodes:
 GroupCodes = SparseCodes | DenseCodes
 
 
+def _sizes(codes: GroupCodes) -> str:
+    """How many tokens and features, and how many of these are active on a token."""
+    return f"{codes.n_tokens} tokens, {codes.n_features} features, {_mean(codes.counts())} active a token"
+
+
+def _mean(counts: Int[Tensor, "..."]) -> str:
+    return f"{counts.double().mean():.1f}" if counts.numel() else "none"
+
+
 @dataclass(frozen=True)
 class Codes:
     """The codes of every group, in the order of the groups."""
 
     groups: tuple[GroupCodes, ...]
+
+    def __repr__(self) -> str:
+        """Sizes alone, such as `Codes(23 tokens, 4 groups of 512 features, 16.0 active a group)`."""
+        sizes = dict.fromkeys(codes.n_features for codes in self.groups)
+        return (
+            f"Codes({self.n_tokens} tokens, {len(self)} {'group' if len(self) == 1 else 'groups'} "
+            f"of {' or '.join(map(str, sizes))} features, {_mean(self.counts())} active a group)"
+        )
 
     def __iter__(self) -> Iterator[GroupCodes]:
         return iter(self.groups)

@@ -91,13 +91,22 @@ class Pretrained(nn.Module):
 
 
 def _local(source: str | Path, revision: str | None) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "~", "/")):
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
+    # Below a directory that exists, a path is a local one, though `output/<run>` has the form of a Hub id.
+    local = directory.parent.is_dir() or str(source).startswith((".", "~", "/", "output/"))
+    if local or isinstance(source, Path) or source.count("/") != 1:
         raise SettingError(f"{source} is neither a directory nor a Hub id of the form owner/name")
     from huggingface_hub import snapshot_download  # late: slow to import, and local directories do not need it
 
-    return Path(snapshot_download(source, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS]))
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS]))
+    except (OSError, ValueError) as refused:
+        raise SettingError(
+            f"{source} (revision={revision}) is no directory, and the Hub gives no dictionary of that id: "
+            "it is not there, or there is no connection to the Hub"
+        ) from refused
 
 
 def _config_of(directory: Path) -> dict[str, Any]:
