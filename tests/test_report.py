@@ -66,8 +66,8 @@ def test_the_table_has_one_line_a_decomposition():
     lines = summary(rows)
     assert len(lines) == 4
     first = lines[lines.decomposition == "per_layer_transcoder k=16 s=0"].iloc[0]
-    assert first["CE increase clean (nats)"] == "0.500 [0.40, 0.60]"
-    assert first["CE increase live (nats)"] == "1.000 [0.90, 1.10]"
+    assert first["CE increase clean (nats)"] == "0.500 [0.400, 0.600]"
+    assert first["CE increase live (nats)"] == "1.000 [0.900, 1.100]"
     assert (first["dead"], first["fvu live"]) == ("25.0%", "0.500")
 
 
@@ -77,6 +77,29 @@ def test_what_was_not_measured_live_shows_no_number_and_says_why():
     assert line["CE increase live (nats)"] == line["fvu live"] == "-"
     assert notices(rows) == ["crosscoder k=16 s=0: not evaluated live: it looks ahead"]
     figures.pareto(rows)
+
+
+def test_a_share_that_does_not_exist_is_explained():
+    rows = made_up(increase=0.01, zero=0.05)
+    assert notices(rows) == [
+        "per_layer_transcoder k=8 s=0: CE recovered is '-', because zero-ablation raises CE by "
+        "0.050 [-0.050, 0.150] nats, which is not above 0 beyond its interval"
+    ]
+    assert notices(made_up()) == []
+
+
+def test_value_and_interval_have_the_same_decimals_and_no_negative_zero():
+    line = summary(made_up(increase=-0.0004)).iloc[0]
+    assert line["CE increase clean (nats)"] == "0.000 [-0.100, 0.100]"
+    assert line["CE increase live (nats)"] == "-0.001 [-0.101, 0.099]"
+
+
+def test_active_components_are_labelled_with_the_inputs_they_were_counted_on():
+    rows = made_up(k=8)
+    rows.loc[rows.metric.isin(style.AXES) & (rows.inputs == "live"), "value"] = 790.0
+    clean, live = summary(rows).iloc[0], summary(rows[rows.inputs != "clean"]).iloc[0]
+    assert clean["active per MLP clean"] == clean["active per module clean"] == "800.0"
+    assert live["active per MLP live"] == live["active per module live"] == "790.0"
 
 
 def test_measuring_twice_is_refused():

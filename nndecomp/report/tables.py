@@ -44,14 +44,15 @@ def summary(rows: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def _cells(first: Result, modes: Mapping[str, Result | None]) -> dict[str, str]:
+    of_mode = {inputs: result or Result(first.context, inputs, {}) for inputs, result in modes.items()}
+    inputs, counted = next(iter(of_mode.items()))  # clean, where it was measured
     cells = {
         "decomposition": first.context.name or first.context.run,
-        "active per module": _number(first["active_per_module"].value, ".1f"),
-        "active per MLP": _number(first["active_per_reconstruction"].value, ".1f"),
+        f"active per module {inputs}": _number(counted["active_per_module"].value, ".1f"),
+        f"active per MLP {inputs}": _number(counted["active_per_reconstruction"].value, ".1f"),
         "dead": _number(first["dead_fraction"].value, ".1%"),
     }
-    for inputs, result in modes.items():
-        there = result or Result(first.context, inputs, {})
+    for inputs, there in of_mode.items():
         cells[f"fvu {inputs}"] = _number(there["fvu"].value, ".3f")
         cells[f"CE increase {inputs} (nats)"] = _interval(there["ce_increase"])
         cells[f"CE recovered {inputs}"] = _number(there.recovered("zero"), ".1%")
@@ -59,19 +60,26 @@ def _cells(first: Result, modes: Mapping[str, Result | None]) -> dict[str, str]:
 
 
 def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
+    return "-" if math.isnan(value) else format(value, f"z{form}")  # z: what rounds to zero has no sign
 
 
 def _interval(estimate: Estimate) -> str:
     if math.isnan(estimate.value) or math.isnan(estimate.low):
         return _number(estimate.value, ".3f")
-    return f"{estimate.value:.3f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    value, low, high = (_number(each, ".3f") for each in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
 
 
 def notices(rows: pandas.DataFrame) -> list[str]:
     """What could not be measured, and why: one sentence a decomposition."""
-    noted = [each for each in records_of(rows) if each["note"]]
-    return list(dict.fromkeys(f"{each['name'] or each['run']}: {each['note']}" for each in noted))
+    noted = [f"{each['name'] or each['run']}: {each['note']}" for each in records_of(rows) if each["note"]]
+    no_share = [
+        f"{result.context.name or result.context.run}: CE recovered is '-', because zero-ablation raises CE by "
+        f"{_interval(result['ce_increase_zero'])} nats, which is not above 0 beyond its interval"
+        for result in results(rows)
+        if math.isnan(result.recovered("zero")) and not math.isnan(result["ce_increase_zero"].value)
+    ]
+    return list(dict.fromkeys([*noted, *no_share]))
 
 
 def terminal(table: pandas.DataFrame) -> str:
