@@ -1,5 +1,6 @@
 """Sites of Hugging Face models against values worked out from the models' weights."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,22 @@ def directory(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def target(directory: Path) -> Target:
     return load_target(TargetConfig(kind=TargetKind.huggingface, path=str(directory)), CPU)
+
+
+def test_a_local_model_is_read_without_progress_bars(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    from transformers.utils import logging
+
+    # As where nobody has switched them off by HF_HUB_DISABLE_PROGRESS_BARS.
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    directory, before = save_tiny_model("gpt2", tmp_path / "gpt2"), logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    load_target(TargetConfig(kind=TargetKind.huggingface, path=str(directory)), CPU)
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled(), "elsewhere they stay as they were"
+    if not before:
+        logging.disable_progress_bar()
 
 
 def all_sites(target: Target) -> list[Site]:

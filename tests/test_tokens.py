@@ -196,6 +196,15 @@ def test_too_few_heldout_rows_are_refused_with_their_number(cfg, tokenizer):
         heldout_tokens(cfg(), tokenizer, 9999)
 
 
+def test_files_too_few_to_hold_any_out_are_refused_with_their_number(tmp_path, tokenizer, capfd):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(TEXTS[i])
+    few = TokensConfig(kind=TokensKind.files, path=str(tmp_path), seq_len=16, heldout_fraction=1e-9)
+    with pytest.raises(SettingError, match=r"has 0 rows .* 3 documents were found .*\.jsonl .*raise tokens\.heldout_f"):
+        heldout_tokens(few, tokenizer, 1)
+    assert "Generating" not in capfd.readouterr().err, "no progress bars for local files"
+
+
 def test_an_empty_training_split_is_refused(cfg, tokenizer, tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n")
     with pytest.raises(SettingError, match=r"tokens\.path: .*training split.* none to read"):

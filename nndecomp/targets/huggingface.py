@@ -19,6 +19,8 @@ affine part. In gated MLPs mlp_hidden is the product of gate and up. GPT-NeoX wi
 no resid_mid. resid_mid is written into the tensor itself, so that norm and residual skip both see it (`hooks.Side`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from nndecomp.config.target import TargetConfig
 from nndecomp.errors import SettingError
@@ -93,14 +96,15 @@ class HuggingFaceTarget(ModuleTarget):
 
 def load(cfg: TargetConfig, device: torch.device) -> HuggingFaceTarget:
     config, tokenizer = read_config(cfg), load_tokenizer(cfg)
-    model = AutoModelForCausalLM.from_pretrained(
-        local_or_hub(cfg.path),
-        config=config,
-        revision=cfg.revision or "main",
-        dtype=getattr(torch, cfg.dtype.value),
-        attn_implementation=_ATTENTION.get(config.model_type, "sdpa"),
-        trust_remote_code=False,
-    )
+    with quiet_if_local(cfg.path):
+        model = AutoModelForCausalLM.from_pretrained(
+            local_or_hub(cfg.path),
+            config=config,
+            revision=cfg.revision or "main",
+            dtype=getattr(torch, cfg.dtype.value),
+            attn_implementation=_ATTENTION.get(config.model_type, "sdpa"),
+            trust_remote_code=False,
+        )
     model.to(device)  # pyright: ignore[reportArgumentType] transformers hides the signature
     return HuggingFaceTarget(target_name(cfg.path), model, shape_of(config), tokenizer, wiring_of(config))
 
@@ -127,6 +131,19 @@ def local_or_hub(path: str) -> str:
             f"target.path={path} is neither an existing directory nor the Hub id of a model, such as openai-community/gpt2"
         )
     return path
+
+
+@contextmanager
+def quiet_if_local(path: str) -> Iterator[None]:
+    """No progress bars of transformers while a local model is read: it takes a moment, where a download takes long."""
+    silenced = Path(path).expanduser().is_dir() and transformers_logging.is_progress_bar_enabled()
+    if silenced:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silenced:
+            transformers_logging.enable_progress_bar()
 
 
 def _read(auto: type, cfg: TargetConfig) -> Any:

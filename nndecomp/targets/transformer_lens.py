@@ -63,13 +63,14 @@ def load(cfg: TargetConfig, device: torch.device) -> TransformerLensTarget:
     config = huggingface.read_config(cfg)
     tokenizer = huggingface.load_tokenizer(cfg)
     shape = huggingface.shape_of(config)
-    bridge = TransformerBridge.boot_transformers(
-        huggingface.local_or_hub(cfg.path),
-        revision=cfg.revision,
-        device=device,
-        dtype=getattr(torch, cfg.dtype.value),
-        tokenizer=tokenizer,
-    )
+    with huggingface.quiet_if_local(cfg.path):
+        bridge = TransformerBridge.boot_transformers(
+            huggingface.local_or_hub(cfg.path),
+            revision=cfg.revision,
+            device=device,
+            dtype=getattr(torch, cfg.dtype.value),
+            tokenizer=tokenizer,
+        )
     wiring = _POST_NORMS if config.model_type in ("gemma2", "gemma3_text") else _WIRING
     wiring = wiring if Point.resid_mid in shape.points else wiring.without(Point.resid_mid)
     return TransformerLensTarget(huggingface.target_name(cfg.path), bridge, shape, tokenizer, wiring)

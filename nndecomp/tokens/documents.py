@@ -8,7 +8,8 @@ same name stays on its side in every version of Python; copies of a file are rea
 import sysconfig
 import tokenize
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -132,8 +133,24 @@ def files_documents(cfg: TokensConfig) -> Table:
         f"tokens.path={cfg.path} matches files of kind {', '.join(suffixes)}; give one kind of {', '.join(_SUFFIXES)}",
     )
     options: dict[str, Any] = {"sample_by": "document"} if suffixes == [".txt"] else {}
-    rows = datasets.load_dataset(_SUFFIXES[suffixes[0]], data_files=sorted(map(str, found)), split="train", **options)
-    return table_of(cfg, rows)
+    builder, data_files = _SUFFIXES[suffixes[0]], sorted(map(str, found))
+    with quiet():
+        return table_of(cfg, datasets.load_dataset(builder, data_files=data_files, split="train", **options))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of datasets, whose "Downloading data" is wrong of local files."""
+    import datasets
+
+    silenced = not datasets.are_progress_bars_disabled()
+    if silenced:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silenced:
+            datasets.enable_progress_bars()
 
 
 def table_of(cfg: TokensConfig, rows: Any) -> Table:

@@ -1,12 +1,13 @@
 """A Hugging Face data set: streamed from the Hub, or a local copy of it."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from nndecomp.config.schema import TokensConfig, require
 from nndecomp.errors import SettingError
-from nndecomp.tokens.documents import column_of, table_of
+from nndecomp.tokens.documents import column_of, quiet, table_of
 from nndecomp.tokens.readers import IndexedReader, Reader, Side, StreamedReader
 
 
@@ -24,7 +25,8 @@ def hub_reader(
     assert cfg.path is not None
     saved = Path(cfg.path).expanduser()
     if (saved / "state.json").exists() or (saved / "dataset_dict.json").exists():
-        found = datasets.load_from_disk(saved)
+        with quiet():
+            found = datasets.load_from_disk(saved)
         rows = chosen(cfg, found, split) if isinstance(found, datasets.DatasetDict) else found
         if not isinstance(found, datasets.DatasetDict):
             require(
@@ -48,8 +50,10 @@ def _streamed(cfg: TokensConfig) -> Any:
     import datasets
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
+    path = os.path.expanduser(str(cfg.path))
     try:
-        return datasets.load_dataset(os.path.expanduser(str(cfg.path)), cfg.subset, streaming=True)
+        with quiet() if os.path.isdir(path) else nullcontext():
+            return datasets.load_dataset(path, cfg.subset, streaming=True)
     except (DatasetNotFoundError, DataFilesNotFoundError) as error:
         raise SettingError(
             f"tokens.path={cfg.path} is neither a data set on the Hub nor a copy of one: {error}"

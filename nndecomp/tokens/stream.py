@@ -114,15 +114,26 @@ def open_tokens(cfg: TokensConfig, tokenizer: Any, seed: int, rank: int = 0, wor
 def heldout_tokens(cfg: TokensConfig, tokenizer: Any, n_seqs: int) -> TokenBatch:
     """The first `n_seqs` rows of the held-out split, in an order that never changes."""
     encoding = Encoding.of(cfg, tokenizer)
-    rows, found = encoding.rows(open_reader(cfg, heldout=True, seed=0).one_pass()), []
+    reader = open_reader(cfg, heldout=True, seed=0)
+    rows, found = encoding.rows(reader.one_pass()), []
     while len(found) < n_seqs and (block := list(islice(rows, HELDOUT_BLOCK))):
         found += [block[i] for i in np.random.default_rng(0).permutation(len(block))]
     require(
         len(found) >= n_seqs,
         f"evaluation.n_seqs={n_seqs}: the held-out split of tokens.path={cfg.path} has {len(found)} rows of "
-        f"tokens.seq_len={cfg.seq_len}; ask for fewer, or raise tokens.heldout_fraction",
+        f"tokens.seq_len={cfg.seq_len}; {_more_heldout(cfg, reader)}",
     )
     return TokenBatch.of(found[:n_seqs], cfg.seq_len, encoding.pad)
+
+
+def _more_heldout(cfg: TokensConfig, reader: Reader) -> str:
+    """What to change where the held-out split is too small."""
+    if cfg.kind is not TokensKind.files:
+        return "ask for fewer, or raise tokens.heldout_fraction"
+    return (
+        f"{reader.n_documents} documents were found (a .txt file is one) and {cfg.heldout_fraction:.0%} of them are "
+        "held out: give more files, or a .jsonl with one document a line, raise tokens.heldout_fraction, or ask for fewer"
+    )
 
 
 def training_documents(cfg: TokensConfig, seed: int) -> Iterator[str]:
