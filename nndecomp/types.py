@@ -15,7 +15,7 @@ Axis legend, the same word in every annotation and einsum:
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property, total_ordering
 
@@ -58,17 +58,22 @@ _HOOK_POINTS = {
     "hook_out": Point.resid_post,
 }
 _SITE = re.compile(r"L(\d+)\.([a-z_]+)(?:\.h(\d+))?")
+_MODEL = re.compile(r"([A-Z]):(.+)")
 _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 @total_ordering
 @dataclass(frozen=True)
 class Site:
-    """One place in the target model: a point of a layer, or one head of `z`. `embed` belongs to layer 0."""
+    """One place in a model: a point of a layer, or one head of `z`. `embed` belongs to layer 0.
+
+    Of two models under study at once, `model` says which: "A" or "B".
+    """
 
     layer: int
     point: Point
     head: int | None = None
+    model: str | None = None
 
     def __post_init__(self) -> None:
         assert self.layer >= 0, f"layer {self.layer} is negative"
@@ -76,23 +81,32 @@ class Site:
         assert self.point is not Point.embed or self.layer == 0, f"embed has no layer {self.layer}"
 
     def __str__(self) -> str:
+        model = "" if self.model is None else f"{self.model}:"
         if self.point is Point.embed:
-            return "embed"
+            return f"{model}embed"
         head = "" if self.head is None else f".h{self.head}"
-        return f"L{self.layer}.{self.point.value}{head}"
+        return f"{model}L{self.layer}.{self.point.value}{head}"
 
     @property
-    def order(self) -> tuple[int, int, int]:
-        """Sorts sites in the order in which the model computes them."""
+    def within(self) -> "Site":
+        """The same place, as the model itself knows it."""
+        return replace(self, model=None)
+
+    @property
+    def order(self) -> tuple[str, int, int, int]:
+        """Sorts sites in the order in which the models compute them, one after the other."""
         layer = -1 if self.point is Point.embed else self.layer
-        return layer, self.point.rank, -1 if self.head is None else self.head
+        return self.model or "", layer, self.point.rank, -1 if self.head is None else self.head
 
     def __lt__(self, other: "Site") -> bool:
         return self.order < other.order
 
     @staticmethod
     def parse(name: str) -> "Site":
-        """`L3.mlp_out`, `L3.z.h5`, `embed`, or a TransformerLens name such as `blocks.3.hook_mlp_out`."""
+        """`L3.mlp_out`, `L3.z.h5`, `embed`, or a TransformerLens name such as `blocks.3.hook_mlp_out`; `B:L3.mlp_out` in
+        the second of two models."""
+        if model := _MODEL.fullmatch(name):
+            return replace(Site.parse(model[2]), model=model[1])
         if name in ("embed", "hook_embed", "embed.hook_out"):
             return Site(0, Point.embed)
         if hook := _HOOK.fullmatch(name):
@@ -116,7 +130,7 @@ class Site:
 class Layout:
     """Which columns of a row of activations hold which site: sites side by side, `widths` in coordinates.
 
-    Sites are ordered by point, then by layer, so that what a stack over adjacent layers reads (all its mlp_in) and
+    Sites are ordered by model, then by point, then by layer, so that what a stack over adjacent layers reads (all its mlp_in) and
     what it writes (all its mlp_out) are both one contiguous span of the row: views, not copies.
     """
 
@@ -130,7 +144,7 @@ class Layout:
     @staticmethod
     def of(widths: dict[Site, int]) -> "Layout":
         """The layout of a set of sites, in the order above."""
-        sites = sorted(widths, key=lambda site: (site.point.rank, site.order))
+        sites = sorted(widths, key=lambda site: (site.model or "", site.point.rank, site.order))
         return Layout(tuple(sites), tuple(widths[site] for site in sites))
 
     @property
@@ -145,6 +159,9 @@ class Layout:
             spans[site] = slice(start, start + width)
             start += width
         return spans
+
+    def width_of(self, site: Site) -> int:
+        return self.widths[self.sites.index(site)]
 
     def span(self, sites: Sequence[Site]) -> slice | None:
         """The one contiguous span that holds `sites` in the given order, or None."""

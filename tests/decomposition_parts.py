@@ -31,6 +31,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "per_layer_transcoder": {"architecture": Architecture.per_layer_transcoder},
     "cross_layer_transcoder": {"architecture": Architecture.cross_layer_transcoder},
     "skip_cross_layer_transcoder": {"architecture": Architecture.cross_layer_transcoder, "skip": True},
+    "crosscoder": {"architecture": Architecture.crosscoder, "reads": ["mlp_out"], "writes": ["mlp_out"]},
+    "causal_crosscoder": {"architecture": Architecture.causal_crosscoder, "reads": ["mlp_out"], "writes": ["mlp_out"]},
 }
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "relu": {"activation": Activation.relu, "k": None},

@@ -106,10 +106,10 @@ def test_asking_for_help_composes_no_jobs():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_saved_settings_come_back_equal(name: str, tmp_path: Path):
-    cfg = compose(name, ["decomposition.penalty_scale=3.5", "runs=[a,b]"])
+    cfg = compose(name, ["decomposition.aux_coefficient=0.5", "runs=[a,b]"])
     (tmp_path / "config.yaml").write_text(dump(cfg))
     assert load(tmp_path / "config.yaml") == cfg
-    assert differences(cfg, compose(name)) == ["decomposition.penalty_scale: 3.5, 4.0", "runs: ['a', 'b'], []"]
+    assert differences(cfg, compose(name)) == ["decomposition.aux_coefficient: 0.5, 0.03125", "runs: ['a', 'b'], []"]
 
 
 def test_a_comparison_wires_architectures_as_their_own_files_do():
@@ -200,7 +200,7 @@ def test_a_job_is_named_by_its_overrides_so_that_a_longer_sweep_finds_it():
         ("seeed=3", "seeed is not a setting; did you mean seed?"),
         ("training.n_tokens=many", "Value 'many' of type 'str' could not be converted to Integer"),
         ("training.lr=[1]", "training.lr"),
-        ("decomposition.activation=gelu", "expected one of [relu, topk, batchtopk, jumprelu]"),
+        ("decomposition.activation=gelu", "expected one of [relu, gated, topk"),
         ("decomposition.k=abc", "decomposition.k='abc' is not a whole number or a list of them"),
         ("decomposition.n_features=null", "decomposition.n_features"),
         ("target=gtp2", "target=gtp2 is not possible: no file conf/target/gtp2.yaml; did you mean gpt2?"),

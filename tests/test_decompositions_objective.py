@@ -4,7 +4,7 @@ import pytest
 import torch
 from decomposition_parts import ACTIVATIONS, D, F, dictionary, inputs, objective, planted, settled, train
 
-from nndecomp.config.schema import Activation, Architecture, Penalty, Reconstruction
+from nndecomp.config.schema import Activation, Architecture, CodeNormalisation, Decoder, Penalty, Reconstruction
 from nndecomp.decompositions import losses
 from nndecomp.types import Layout, Point, Site
 
@@ -33,12 +33,10 @@ def test_penalties_are_sums_over_features_and_means_over_tokens():
     made = settled(activation=Activation.relu, k=None)
     x = inputs(made)
     codes = made.encode(x)
-    f = [group.dense() for group in codes]
     norms = [bank.W_dec.norm(dim=1) for bank in made.banks]
-    weighted = [a * n for a, n in zip(f, norms, strict=True)]
+    weighted = [a * n for a, n in zip([group.dense() for group in codes], norms, strict=True)]
     slow = {
-        Penalty.l1: sum(a.sum() for a in f) / 40,
-        Penalty.l1_decoder_norm: sum(a.sum() for a in weighted) / 40,
+        Penalty.l1: sum(a.sum() for a in weighted) / 40,
         Penalty.tanh: sum((4 * a).tanh().sum() for a in weighted) / 40,
     }
     for kind, expected in slow.items():
@@ -47,11 +45,17 @@ def test_penalties_are_sums_over_features_and_means_over_tokens():
     codes = sparse.encode(x)
     norms = [bank.W_dec.norm(dim=1) for bank in sparse.banks]
     dense = sum((group.dense() * n).sum() for group, n in zip(codes, norms, strict=True)) / 40
-    torch.testing.assert_close(losses.penalty(codes, norms, Penalty.l1_decoder_norm, 4.0), dense)
+    torch.testing.assert_close(losses.penalty(codes, norms, Penalty.l1, 4.0), dense)
 
 
 def test_the_penalty_warms_up_and_then_stays():
-    made = objective(activation=Activation.relu, k=None, penalty=Penalty.l1, penalty_coefficient=0.5)
+    made = objective(
+        activation=Activation.relu,
+        k=None,
+        penalty=Penalty.l1,
+        penalty_coefficient=0.5,
+        penalty_normalisation=CodeNormalisation.sae,
+    )
     rows = planted(made.layout, 100)
     made.loss(rows, 0.0)
     at = {p: float(made.loss(rows, p)[1]["loss/penalty"]) for p in (0.0, 0.05, 0.1, 0.9)}
@@ -152,7 +156,7 @@ def test_nothing_dead_costs_nothing():
 
 
 def test_unit_norm_decoders_stay_so_and_get_gradients_along_the_sphere():
-    made = objective(**ONE, unit_norm_decoder=True)
+    made = objective(**ONE, decoder=Decoder.unit_norm)
     bank = made.dictionary.banks[0]
     loss, _ = made.loss(planted(made.layout, 100), 0.5)
     loss.backward()
@@ -177,7 +181,7 @@ def test_rows_that_hold_other_sites_as_well_train_alike():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_saved_state_continues_bit_for_bit(activation):
-    settings = ONE | ACTIVATIONS[activation] | {"dead_after_tokens": 300, "unit_norm_decoder": True}
+    settings = ONE | ACTIVATIONS[activation] | {"dead_after_tokens": 300, "decoder": Decoder.unit_norm}
     first = objective(**settings)
     train(first, 3)
     second = objective(seed=5, **settings)

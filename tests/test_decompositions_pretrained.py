@@ -20,12 +20,13 @@ def saved(tmp_path):
 def test_a_saved_dictionary_is_json_and_safetensors_and_names_its_wiring(saved):
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((saved / "config.json").read_text())
-    assert (config["format_version"], config["target"]) == (1, "toy")
+    assert (config["format_version"], config["target"]) == (2, "toy")
     assert config["groups"][1] == {
         "name": "L1",
         "reads": ["L1.mlp_in"],
         "writes": ["L1.mlp_out", "L2.mlp_out"],
         "n_features": 24,
+        "encoder": None,
     }
     assert config["activation"]["k"] == [3, 3, 3]
 
@@ -70,7 +71,7 @@ def test_bf16_weights_come_back_as_bf16(tmp_path):
 def test_an_unknown_version_is_refused(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"format_version": 99}))
-    with pytest.raises(SettingError, match="format_version 99, but this version of nndecomp reads 1"):
+    with pytest.raises(SettingError, match="format_version 99, but this version of nndecomp reads 2"):
         SparseDictionary.from_pretrained(saved)
 
 

@@ -1,133 +1,165 @@
-"""The pieces a model is taken into: wiring, sparsity, losses."""
+"""The pieces a model is taken into: wiring, sparsity, losses, and how they start."""
 
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, field
 from typing import Any
 
+from nndecomp.config import decomposition_checks as checks
 from nndecomp.config.checks import require
+from nndecomp.config.kinds import (
+    Activation,
+    Architecture,
+    CodeNormalisation,
+    Dead,
+    Decoder,
+    Directions,
+    Encoder,
+    EndToEnd,
+    InitialBias,
+    JumpReluGradient,
+    Penalty,
+    PreActivationLoss,
+    Reconstruction,
+    Scope,
+    Together,
+)
+from nndecomp.config.training import Optimizer
 
-
-class Architecture(Enum):
-    sae = "sae"  # one site, written back to itself
-    per_layer_sae = "per_layer_sae"  # one sae a layer
-    transcoder = "transcoder"  # mlp_in of one layer -> its mlp_out
-    per_layer_transcoder = "per_layer_transcoder"  # one transcoder a layer
-    cross_layer_transcoder = "cross_layer_transcoder"  # mlp_in of layer l -> mlp_out of layers l, l+1, ...
-    neurons = "neurons"  # the MLPs' own neurons, the k largest kept: a baseline, never trained
-
-
-class Activation(Enum):
-    relu = "relu"
-    topk = "topk"
-    batchtopk = "batchtopk"
-    jumprelu = "jumprelu"
-
-
-class Scope(Enum):
-    group = "group"  # features compete within their group (their layer)
-    all = "all"  # features of all groups compete: k is still per group on average
-
-
-class Reconstruction(Enum):
-    sum_of_squares = "sum_of_squares"  # mean over tokens of |y - y_hat|^2
-    mean_of_squares = "mean_of_squares"  # mean over tokens and coordinates
-    normalised = "normalised"  # mean over written sites of |y - y_hat|^2 / variance of the site in the batch
-
-
-class Penalty(Enum):
-    none = "none"
-    l1 = "l1"
-    l1_decoder_norm = "l1_decoder_norm"  # l1 with each feature weighted by its decoder norm
-    tanh = "tanh"  # tanh(c f |d|), c = penalty_scale
-    l0 = "l0"  # straight-through count; needs jumprelu
+SELECTING = (Activation.topk, Activation.abs_topk, Activation.batchtopk, Activation.matching_pursuit)
+CROSSCODERS = (Architecture.crosscoder, Architecture.causal_crosscoder, Architecture.dedicated_feature_crosscoder)
 
 
 @dataclass(kw_only=True)
 class DecompositionConfig:
+    # --- wiring ---
     architecture: Architecture
-    # Points ("mlp_in"), taken at every layer of `layers`, or single sites ("L3.mlp_in", "blocks.3.hook_mlp_out").
+    # Points ("mlp_in"), taken at every layer of `layers`, or single sites ("L3.mlp_in", "blocks.3.hook_mlp_out"); of
+    # two models, each begins with the model's name ("A:mlp_in", "B:L3.mlp_in"); "z.h*" is every head on its own.
     reads: list[str]
     writes: list[str]
     layers: list[int] | None = None  # null: all layers of the target
-    n_features: int  # in each group
-    activation: Activation
-    k: Any  # active features per token and group: one number, or a list with one a group; null for relu, jumprelu
-    scope: Scope = Scope.group
+    n_features: int  # in each group; dedicated_feature_crosscoder: in the shared group
+    n_exclusive: list[int] | None = None  # dedicated_feature_crosscoder: features of A alone, of B alone
     skip: bool = False  # add a linear map from what a group reads to what it writes
+    # --- encoder and activation function ---
+    encoder: Encoder = Encoder.linear
+    activation: Activation
+    k: Any  # active features per token and group: one number, or a list with one a group; null where nothing selects
+    scope: Scope = Scope.group
+    code_normalisation: CodeNormalisation = CodeNormalisation.none  # c: selection and thresholds see z c
+    mixed_weights: list[float] = field(default_factory=lambda: [1.0, 0.1])  # of sae and crosscoder in `mixed`
     centre_input: bool = False  # sae: encode x - b_dec
-    unit_norm_decoder: bool = False
-    reconstruction: Reconstruction = Reconstruction.normalised
-    penalty: Penalty = Penalty.none
-    penalty_coefficient: float = 0.0
-    penalty_scale: float = 4.0  # c in tanh(c f |d|)
-    penalty_warmup: float = 0.1  # share of training over which the coefficient rises from 0
     k_start: int | None = None  # anneal k from here ...
     k_anneal: float = 0.0  # ... over this share of training
-    aux_coefficient: float = 1 / 32  # aux-k: dead features reconstruct the residual; 0 switches it off
-    aux_k: int = 64
-    dead_after_tokens: int = 1_000_000  # a feature that has not fired for so long is dead
     threshold_rate: float = 0.1  # batchtopk: moving average of the smallest value kept; 0.01 lags 100 steps behind
     jumprelu_threshold: float = 0.1  # initial
     jumprelu_bandwidth: float = 0.1  # of the rectangle kernel, in units of the pre-activations
+    jumprelu_gradient: JumpReluGradient = JumpReluGradient.exact
+    jumprelu_log_threshold: bool = False  # learn log theta
+    # --- losses ---
+    reconstruction: Reconstruction = Reconstruction.normalised
+    matryoshka: list[float] | None = (
+        None  # share of each group's features in each block; prefixes of blocks reconstruct
+    )
+    matryoshka_weights: list[float] | None = None  # of each prefix; null: all the same, adding to 1
+    penalty: Penalty = Penalty.none
+    penalty_coefficient: float = 0.0
+    penalty_normalisation: CodeNormalisation = CodeNormalisation.none  # c: the penalty sees f c
+    penalty_scale: float = 4.0  # s in tanh(s f c)
+    penalty_frequency: float = 0.01  # tanh_quadratic: the frequency at which the penalty doubles
+    penalty_target: float | None = None  # l0_target: active features a token and group
+    penalty_warmup: float = 0.1  # share of training over which the coefficient rises from 0
+    p_start: float = 1.0  # lp
+    p_end: float = 0.2
+    p_anneal: list[float] = field(default_factory=lambda: [0.5, 1.0])  # shares of training between which p moves
+    p_steps: int = 10  # in how many steps
+    gate_coefficient: float = 1.0  # gated: the gate alone reconstructs, through a detached decoder
+    pre_activation_loss: PreActivationLoss = PreActivationLoss.none
+    pre_activation_coefficient: float = 0.0
+    local_coefficient: float = 1.0  # of the reconstruction loss; 0: end to end alone
+    end_to_end: EndToEnd = EndToEnd.none
+    end_to_end_coefficient: float = 0.0
+    end_to_end_sites: Together = Together.all
+    # --- dead features ---
+    dead: Dead = Dead.aux_k
+    dead_after_tokens: int = 1_000_000  # a feature that has not fired for so long is dead
+    aux_coefficient: float = 1 / 32  # of aux_k and ghost
+    aux_k: int = 64
+    resample_every: int = 10_000_000  # tokens
+    resample_scale: float = 0.2  # norm of a new encoder row, as a share of the mean of those alive
+    # --- start ---
+    decoder: Decoder = Decoder.free
+    archetypes: int = 4096  # archetypal: data points whose hull the decoder starts in
+    archetypal_slack: float = 1.0  # how far a row may leave the hull, as a share of the mean distance of its points
+    directions: Directions = Directions.random
+    subspace_share: float = 0.5  # active_subspace: of the principal directions
+    tied: bool | None = None  # the encoder starts as the decoder's transpose; null: where a group writes what it reads
+    decoder_norm: float | None = None  # initial; null: 1 where tied or unit_norm, else 0.1
+    decoder_norm_search: bool = False  # initial norms, the best of a grid on data
+    initial_bias: InitialBias = InitialBias.mean  # of b_dec
+    centre_pre_activations: bool = False  # b_enc starts as minus the mean pre-activation
+    initial_tokens: int = 8192  # rows that data-dependent starts are computed from
+    # --- its own training settings; null: as `training` says ---
+    optimizer: Optimizer | None = None
+    lr: float | None = None
+    betas: list[float] | None = None
+    threshold_lr: float = 1.0  # jumprelu: learning rate of thresholds, as a share of the others'
 
     @property
     def ks(self) -> list[int]:
         """k as a list: one entry for all groups, or one a group."""
         return [self.k] if isinstance(self.k, int) else list(self.k)
 
+    @property
+    def selects(self) -> bool:
+        """Whether the activation function keeps k features."""
+        return self.activation in SELECTING
+
+    @property
+    def unit_norm_decoder(self) -> bool:
+        return self.decoder is Decoder.unit_norm
+
     def __post_init__(self) -> None:
-        selects = self.activation in (Activation.topk, Activation.batchtopk)
-        require(self.n_features > 0, f"decomposition.n_features={self.n_features} must be positive")
-        whole = lambda k: isinstance(k, int) and not isinstance(k, bool)  # noqa: E731
-        if selects:
-            valid = whole(self.k) or (isinstance(self.k, list) and self.k and all(map(whole, self.k)))
-            require(
-                bool(valid),
-                f"decomposition.k={self.k!r} is not a whole number or a list of them; "
-                f"decomposition.activation={self.activation.value} keeps k features per token",
-            )
-            for k in [*self.ks, *([] if self.k_start is None else [self.k_start])]:
-                require(
-                    0 < k <= self.n_features,
-                    f"decomposition.k={k} must lie between 1 and decomposition.n_features={self.n_features}",
-                )
-        else:
-            require(
-                self.k is None,
-                f"decomposition.k={self.k} has no meaning for decomposition.activation={self.activation.value}; "
-                "write decomposition.k=null",
-            )
-        require(
-            self.penalty is not Penalty.l0 or self.activation is Activation.jumprelu,
-            f"decomposition.penalty=l0 needs decomposition.activation=jumprelu, not {self.activation.value}",
-        )
-        require(
-            self.penalty is not Penalty.none or self.penalty_coefficient == 0,
-            f"decomposition.penalty_coefficient={self.penalty_coefficient} has no effect with decomposition.penalty=none",
-        )
-        require(
-            (self.k_start is None) == (self.k_anneal == 0),
-            f"decomposition.k_start={self.k_start} and decomposition.k_anneal={self.k_anneal} go together: "
-            "where k starts, and the share of training over which it moves to k",
-        )
-        for name in ("k_anneal", "penalty_warmup", "threshold_rate"):
-            require(
-                0 <= getattr(self, name) <= 1,
-                f"decomposition.{name}={getattr(self, name)} must lie between 0 and 1",
-            )
-        for name in ("penalty_coefficient", "aux_coefficient", "jumprelu_threshold"):
-            require(getattr(self, name) >= 0, f"decomposition.{name}={getattr(self, name)} must not be negative")
-        for name in ("aux_k", "dead_after_tokens", "jumprelu_bandwidth", "penalty_scale"):
-            require(getattr(self, name) > 0, f"decomposition.{name}={getattr(self, name)} must be positive")
-        require(
-            not self.centre_input or self.reads == self.writes,
-            f"decomposition.centre_input=true needs an SAE, but reads={self.reads} and writes={self.writes}",
-        )
+        checks.check_k(self)
+        checks.check_effects(self)
+        checks.check_ranges(self)
         if self.layers is not None:
             require(
                 self.layers == sorted(set(self.layers)) and len(self.layers) > 0,
                 f"decomposition.layers={self.layers} must be increasing, each layer once",
             )
+        require(
+            self.penalty not in (Penalty.l0, Penalty.l0_target) or self.activation is Activation.jumprelu,
+            f"decomposition.penalty={self.penalty.value} needs decomposition.activation=jumprelu, "
+            f"not {self.activation.value}",
+        )
+        require(
+            (self.penalty is Penalty.l0_target) == (self.penalty_target is not None),
+            f"decomposition.penalty_target={self.penalty_target} does not go with "
+            f"decomposition.penalty={self.penalty.value}: l0_target needs it, and nothing else",
+        )
+        same = self.reads == self.writes
+        for name, on in (("centre_input", self.centre_input), ("activation=matching_pursuit", self._pursues)):
+            require(
+                not on or same,
+                f"decomposition.{name} needs a dictionary that writes what it reads, but reads={self.reads} "
+                f"and writes={self.writes}",
+            )
+        require(
+            CodeNormalisation.decoupled not in (self.code_normalisation, self.penalty_normalisation)
+            or self.architecture in CROSSCODERS,
+            f"decomposition.code_normalisation=decoupled is for crosscoders, whose features write several sites, "
+            f"not for decomposition.architecture={self.architecture.value}",
+        )
+        require(
+            (self.architecture is Architecture.dedicated_feature_crosscoder) == (self.n_exclusive is not None),
+            f"decomposition.n_exclusive={self.n_exclusive} does not go with "
+            f"decomposition.architecture={self.architecture.value}: dedicated_feature_crosscoder needs it, "
+            "e.g. n_exclusive=[256,256], and nothing else",
+        )
+
+    @property
+    def _pursues(self) -> bool:
+        return self.activation is Activation.matching_pursuit
 
 
 @dataclass(kw_only=True)

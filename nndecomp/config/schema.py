@@ -9,16 +9,25 @@ from dataclasses import dataclass, field
 
 from nndecomp.config.activations import ActivationsConfig, ActivationsKind, Normalisation
 from nndecomp.config.checks import DType, require
-from nndecomp.config.decomposition import (
+from nndecomp.config.decomposition import CompareConfig, DecompositionConfig
+from nndecomp.config.evaluation import EvaluationConfig, Inputs, Patched
+from nndecomp.config.kinds import (
     Activation,
     Architecture,
-    CompareConfig,
-    DecompositionConfig,
+    CodeNormalisation,
+    Dead,
+    Decoder,
+    Directions,
+    Encoder,
+    EndToEnd,
+    InitialBias,
+    JumpReluGradient,
     Penalty,
+    PreActivationLoss,
     Reconstruction,
     Scope,
+    Together,
 )
-from nndecomp.config.evaluation import EvaluationConfig, Inputs, Patched
 from nndecomp.config.log import LogConfig, Wandb
 from nndecomp.config.target import TargetConfig, TargetKind
 from nndecomp.config.tokens import Packing, TokensConfig, TokensKind
@@ -29,11 +38,19 @@ __all__ = [
     "ActivationsConfig",
     "ActivationsKind",
     "Architecture",
+    "CodeNormalisation",
     "CompareConfig",
     "DType",
+    "Dead",
+    "Decoder",
     "DecompositionConfig",
+    "Directions",
+    "Encoder",
+    "EndToEnd",
     "EvaluationConfig",
+    "InitialBias",
     "Inputs",
+    "JumpReluGradient",
     "LogConfig",
     "LrSchedule",
     "Normalisation",
@@ -41,12 +58,14 @@ __all__ = [
     "Packing",
     "Patched",
     "Penalty",
+    "PreActivationLoss",
     "PretrainConfig",
     "Reconstruction",
     "RunConfig",
     "Scope",
     "TargetConfig",
     "TargetKind",
+    "Together",
     "TokensConfig",
     "TokensKind",
     "TrainingConfig",

@@ -9,6 +9,8 @@ from nndecomp.config.checks import DType, require
 class Optimizer(Enum):
     adam = "adam"
     adamw = "adamw"
+    sign = "sign"  # signed momentum without a schedule of its own (Signum)
+    muon = "muon"  # orthogonalised momentum for matrices, AdamW for the rest
 
 
 class LrSchedule(Enum):

@@ -223,3 +223,5 @@ def make_activation(spec: ActivationSpec, n_features: Sequence[int]) -> Selectin
             return BatchTopK(spec.k, spec.scope, spec.threshold_rate)
         case Activation.jumprelu:
             return JumpRelu(n_features, spec.initial_threshold, spec.bandwidth)
+        case other:
+            raise NotImplementedError(f"activation {other.value}")

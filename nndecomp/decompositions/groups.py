@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nndecomp.config.schema import CodeNormalisation
 from nndecomp.decompositions import kernels
 from nndecomp.decompositions.activation import Pointwise, Selecting, make_activation
 from nndecomp.decompositions.base import Decomposition, GroupCost
 from nndecomp.decompositions.codes import Codes, DenseCodes, GroupCodes, SparseCodes
+from nndecomp.decompositions.normalisation import decoder_scale
 from nndecomp.decompositions.pretrained import Pretrained
 from nndecomp.decompositions.spec import DictionarySpec, GroupSpec
 from nndecomp.types import Layout, Site
@@ -31,27 +33,61 @@ def _span(layout: Layout, sites: Sequence[Site], group: str) -> slice:
     return span
 
 
+class LinearEncoder(nn.Module):
+    """Pre-activations of one or more groups."""
+
+    def __init__(self, d_read: int, n_features: int) -> None:
+        super().__init__()
+        self.W_enc = nn.Parameter(torch.zeros(n_features, d_read))
+        self.b_enc = nn.Parameter(torch.zeros(n_features))
+
+    def forward(self, x: Float[Tensor, "token d_read"]) -> Float[Tensor, "token feature"]:
+        return nn.functional.linear(x, self.W_enc, self.b_enc)
+
+
 class Group(nn.Module):
     """One bank of features. Both weight matrices are feature-major: one row a feature."""
 
-    def __init__(self, spec: GroupSpec, read_layout: Layout, write_layout: Layout, skip: bool) -> None:
+    def __init__(
+        self, spec: GroupSpec, read_layout: Layout, write_layout: Layout, skip: bool, of: "Group | None"
+    ) -> None:
         super().__init__()
         self.name = spec.name
         self.reads = _span(read_layout, spec.reads, spec.name)
         self.writes = _span(write_layout, spec.writes, spec.name)
+        self.write_widths = tuple(write_layout.width_of(site) for site in spec.writes)
         d_read = self.reads.stop - self.reads.start
         d_write = self.writes.stop - self.writes.start
-        self.W_enc = nn.Parameter(torch.zeros(spec.n_features, d_read))
-        self.b_enc = nn.Parameter(torch.zeros(spec.n_features))
+        if of is None:
+            self.encoder = LinearEncoder(d_read, spec.n_features)
+        else:
+            # Borrowed: its weights are the other group's, and stand in the state_dict once.
+            self.__dict__["encoder"] = of.encoder
         self.W_dec = nn.Parameter(torch.zeros(spec.n_features, d_write))
         self.W_skip = nn.Parameter(torch.zeros(d_read, d_write)) if skip else None
 
     @property
     def n_features(self) -> int:
-        return self.W_enc.shape[0]
+        return self.W_dec.shape[0]
+
+    @property
+    def has_own_encoder(self) -> bool:
+        return "encoder" in self._modules
+
+    @property
+    def W_enc(self) -> Float[Tensor, "feature d_read"]:
+        return self.encoder.W_enc
+
+    @property
+    def b_enc(self) -> Float[Tensor, "feature"]:
+        return self.encoder.b_enc
+
+    def scale(self, kind: CodeNormalisation, mixed_weights: tuple[float, float]) -> Float[Tensor, "feature"]:
+        """c of each feature; gradients flow into the decoder."""
+        return decoder_scale(self.W_dec, self.write_widths, kind, mixed_weights)
 
     def pre_activations(self, x: Float[Tensor, "token d_read"]) -> Float[Tensor, "token feature"]:
-        return nn.functional.linear(x, self.W_enc, self.b_enc)
+        return self.encoder(x)
 
     def contribution(self, x: Float[Tensor, "token d_read"], codes: GroupCodes) -> Float[Tensor, "token d_write"]:
         """What the group adds to its write span; x is what it reads, not centred."""
@@ -67,9 +103,11 @@ class SparseDictionary(Pretrained, Decomposition):
         self.read_layout, self.write_layout = spec.read_layout, spec.write_layout
         self.reads = tuple(sorted(self.read_layout.sites))
         self.writes = tuple(sorted(self.write_layout.sites))
-        self.groups = nn.ModuleList(
-            Group(group, self.read_layout, self.write_layout, spec.skip) for group in spec.groups
-        )
+        made: dict[str, Group] = {}
+        for group in spec.groups:
+            of = None if group.encoder is None else made[group.encoder]
+            made[group.name] = Group(group, self.read_layout, self.write_layout, spec.skip, of)
+        self.groups = nn.ModuleList(made.values())
         self.b_dec = nn.Parameter(torch.zeros(self.write_layout.width))
         self.activation = make_activation(spec.activation, [group.n_features for group in spec.groups])
         assert not spec.centre_input or self.read_layout == self.write_layout, "only an SAE can centre its input"
@@ -79,7 +117,7 @@ class SparseDictionary(Pretrained, Decomposition):
                 n_components=group.n_features,
                 parameters=group.W_enc.shape[1] + group.W_dec.shape[1],
                 n_writes=len(group_spec.writes),
-                gate_parameters=group.W_enc.numel(),
+                gate_parameters=group.W_enc.numel() if group_spec.encoder is None else 0,
                 linear_parameters=0 if group.W_skip is None else group.W_skip.numel(),
             )
             for group, group_spec in zip(self.banks, spec.groups, strict=True)
@@ -184,7 +222,8 @@ class SparseDictionary(Pretrained, Decomposition):
         s_read, s_write = s_read.to(self.b_dec), s_write.to(self.b_dec)
         self.b_dec.mul_(s_write)
         for bank in self.banks:
-            bank.W_enc.div_(s_read[bank.reads])
+            if bank.has_own_encoder:
+                bank.W_enc.div_(s_read[bank.reads])
             bank.W_dec.mul_(s_write[bank.writes])
             if bank.W_skip is not None:
                 bank.W_skip.mul_(s_write[bank.writes] / s_read[bank.reads, None])

@@ -23,6 +23,8 @@ def reconstruction(
             return residual.square().sum(-1).mean()
         case Reconstruction.mean_of_squares:
             return residual.square().mean()
+        case Reconstruction.norm:
+            return torch.stack([residual[:, span].norm(dim=1).mean() for span in layout.spans.values()]).mean()
         case Reconstruction.normalised:
             return fvu(residual, y, layout)
 
@@ -36,27 +38,22 @@ def fvu(
     return torch.stack([columns[span].sum() / spread[span].sum() for span in layout.spans.values()]).mean()
 
 
-def penalty(
-    codes: Codes, decoder_norms: Sequence[Float[Tensor, "_"]], kind: Penalty, scale: float
-) -> Float[Tensor, ""]:
-    """Sum over the features of all groups, mean over tokens. `decoder_norms`: |d| of each group's features.
+def penalty(codes: Codes, c: Sequence[Float[Tensor, "_"]], kind: Penalty, scale: float) -> Float[Tensor, ""]:
+    """Sum over the features of all groups, mean over tokens. `c`: the weight of each group's features, see
+    `decoder_scale`; gradients reach the decoder through it.
 
-        l1               sum f
-        l1_decoder_norm  sum f |d|                Anthropic, April 2024 update
-        tanh             sum tanh(c f |d|)        Anthropic, crosscoders 2024; c = `scale`
+        l1               sum f c                  c = |d|: Anthropic, April 2024 update
+        tanh             sum tanh(s f c)          Anthropic, crosscoders 2024; s = `scale`
 
-    |d| is the norm of a feature's whole decoder row, over all sites it writes. Gradients reach the decoder through it.
     The straight-through l0 needs pre-activations: see `l0`.
     """
     match kind:
         case Penalty.l1:
-            terms = [group.values for group in codes]
-        case Penalty.l1_decoder_norm:
-            terms = [group.weighted(norms) for group, norms in zip(codes, decoder_norms, strict=True)]
+            terms = [group.weighted(weights) for group, weights in zip(codes, c, strict=True)]
         case Penalty.tanh:
-            terms = [(scale * group.weighted(norms)).tanh() for group, norms in zip(codes, decoder_norms, strict=True)]
-        case Penalty.none | Penalty.l0:
-            raise AssertionError(f"penalty {kind.value} is not a function of codes")
+            terms = [(scale * group.weighted(weights)).tanh() for group, weights in zip(codes, c, strict=True)]
+        case other:
+            raise AssertionError(f"penalty {other.value} is not a function of codes")
     return torch.stack([term.sum() for term in terms]).sum() / codes.n_tokens
 
 

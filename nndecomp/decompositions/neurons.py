@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nndecomp.config.schema import DecompositionConfig
-from nndecomp.decompositions.architectures import wire
 from nndecomp.decompositions.base import Decomposition, GroupCost
 from nndecomp.decompositions.codes import Codes, SparseCodes
 from nndecomp.decompositions.kernels import Support, topk_support
+from nndecomp.decompositions.wiring import wire
 from nndecomp.targets.base import Target
 from nndecomp.types import Layout, Point, Site
 
@@ -95,6 +95,6 @@ class NeuronRun:
 
 
 def build_neurons(cfg: DecompositionConfig, target: Target) -> NeuronBaseline:
-    """Raises SettingError as `nndecomp.decompositions.architectures.wire` does."""
+    """Raises SettingError as `nndecomp.decompositions.wiring.wire` does."""
     wiring = wire(cfg, target.shape)
     return NeuronBaseline(target, [group.reads[0].layer for group in wiring.groups], wiring.k)

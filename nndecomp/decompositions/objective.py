@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nndecomp.config.schema import DecompositionConfig, Penalty
+from nndecomp.config.schema import Dead, DecompositionConfig, Penalty
 from nndecomp.decompositions import losses
 from nndecomp.decompositions.activation import JumpRelu, Selecting
 from nndecomp.decompositions.codes import Codes, DenseCodes
@@ -41,6 +41,7 @@ class DictionaryObjective(nn.Module):
         self.register_buffer("s_write", columns_of(scales, dictionary.write_layout).to(device))
         n_features = sum(bank.n_features for bank in dictionary.banks)
         self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64, device=device))
+        self._mixed_weights = (cfg.mixed_weights[0], cfg.mixed_weights[1])
         self._tokens_seen = 0  # on the host, so that steps need not wait for the device
         self._step: tuple[Codes, Tensor, int] | None = None  # codes, which fired, tokens: from loss to after_step
         if cfg.unit_norm_decoder:
@@ -132,12 +133,12 @@ class DictionaryObjective(nn.Module):
         codes = dictionary.encode(x)
         if cfg.penalty is Penalty.none:
             return codes, None
-        norms = [bank.W_dec.norm(dim=1) for bank in dictionary.banks]
-        return codes, losses.penalty(codes, norms, cfg.penalty, cfg.penalty_scale)
+        c = [bank.scale(cfg.penalty_normalisation, self._mixed_weights) for bank in dictionary.banks]
+        return codes, losses.penalty(codes, c, cfg.penalty, cfg.penalty_scale)
 
     def _aux_k(self, x: Float[Tensor, "token d_reads"], residual: Float[Tensor, "token d_writes"]) -> Tensor | None:
         """Mean over groups, 0 for those without dead features; None, at no cost, before anything can be dead."""
-        if self.cfg.aux_coefficient == 0 or self._tokens_seen < self.cfg.dead_after_tokens:
+        if self.cfg.dead is not Dead.aux_k or self._tokens_seen < self.cfg.dead_after_tokens:
             return None
         dead = losses.dead_features(self.tokens_since_fired, self.cfg.dead_after_tokens)
         banks = self.dictionary.banks

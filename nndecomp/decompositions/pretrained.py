@@ -2,7 +2,7 @@
 
 config.json         format, format_version, and `DictionarySpec.to_json`: target, sites with widths, groups with
                     what they read and write, activation function with k, scope and bandwidth
-model.safetensors   groups.<g>.{W_enc, b_enc, W_dec[, W_skip]}, b_dec, and activation.threshold: of batchtopk
+model.safetensors   groups.<g>.{encoder.W_enc, encoder.b_enc, W_dec[, W_skip]}, b_dec, and activation.threshold: of batchtopk
                     (active is what strictly exceeds it, one a group or one for all) or .<g> of jumprelu (one a
                     feature); all in units of raw activations, W_enc and W_dec are [feature, d]
 """
@@ -21,7 +21,7 @@ from nndecomp.decompositions.spec import DictionarySpec
 from nndecomp.errors import SettingError
 
 FORMAT = "nndecomp.SparseDictionary"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nndecomp.config.schema import Activation, Scope
+from nndecomp.config.schema import Activation, CodeNormalisation, Encoder, JumpReluGradient, Scope
 from nndecomp.types import Layout, Site
 
 
@@ -18,6 +18,7 @@ class GroupSpec:
     reads: tuple[Site, ...]
     writes: tuple[Site, ...]
     n_features: int
+    encoder: str | None = None  # the group before it whose encoder it uses; null: its own
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class ActivationSpec:
     threshold_rate: float = 0.1  # batchtopk: of the moving average
     initial_threshold: float = 0.1  # jumprelu
     bandwidth: float = 0.1  # jumprelu
+    gradient: JumpReluGradient = JumpReluGradient.exact
+    log_threshold: bool = False  # jumprelu
+    code_normalisation: CodeNormalisation = CodeNormalisation.none  # selection and thresholds see z c
+    mixed_weights: tuple[float, float] = (1.0, 0.1)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class DictionarySpec:
     activation: ActivationSpec
     skip: bool = False
     centre_input: bool = False
+    encoder: Encoder = Encoder.linear
 
     @property
     def read_layout(self) -> Layout:
@@ -62,6 +68,7 @@ class DictionarySpec:
                     "reads": [str(site) for site in group.reads],
                     "writes": [str(site) for site in group.writes],
                     "n_features": group.n_features,
+                    "encoder": group.encoder,
                 }
                 for group in self.groups
             ],
@@ -69,10 +76,14 @@ class DictionarySpec:
                 **asdict(self.activation),
                 "kind": self.activation.kind.value,
                 "scope": self.activation.scope.value,
+                "gradient": self.activation.gradient.value,
+                "code_normalisation": self.activation.code_normalisation.value,
                 "k": list(self.activation.k),
+                "mixed_weights": list(self.activation.mixed_weights),
             },
             "skip": self.skip,
             "centre_input": self.centre_input,
+            "encoder": self.encoder.value,
         }
 
     @staticmethod
@@ -88,6 +99,7 @@ class DictionarySpec:
                     reads=tuple(Site.parse(name) for name in group["reads"]),
                     writes=tuple(Site.parse(name) for name in group["writes"]),
                     n_features=group["n_features"],
+                    encoder=group["encoder"],
                 )
                 for group in config["groups"]
             ),
@@ -96,9 +108,13 @@ class DictionarySpec:
                     **activation,
                     "kind": Activation(activation["kind"]),
                     "scope": Scope(activation["scope"]),
+                    "gradient": JumpReluGradient(activation["gradient"]),
+                    "code_normalisation": CodeNormalisation(activation["code_normalisation"]),
                     "k": tuple(activation["k"]),
+                    "mixed_weights": tuple(activation["mixed_weights"]),
                 }
             ),
             skip=config["skip"],
             centre_input=config["centre_input"],
+            encoder=Encoder(config["encoder"]),
         )

@@ -47,8 +47,20 @@ class TargetShape:
             case _:
                 return self.d_model
 
+    def of(self, model: str | None) -> "TargetShape":
+        """The shape of one of the models under study; `nndecomp.targets.pair` has the one of two."""
+        if model is not None:
+            raise SettingError(f"a site begins with {model}: but there is one target; write paired_target for a second")
+        return self
+
+    @property
+    def models(self) -> tuple[str | None, ...]:
+        """The names by which sites say which model they are in."""
+        return (None,)
+
     def check(self, site: Site, setting: str) -> None:
         """Refuse a site that this model does not have, naming the setting that asked for it."""
+        self.of(site.model)
         if site.layer >= self.n_layers:
             raise SettingError(f"{setting} asks for site {site}, but the target has layers 0 to {self.n_layers - 1}")
         if site.point not in self.points:

@@ -23,6 +23,8 @@ def build_optimiser(parameters: Sequence[nn.Parameter], cfg: TrainingConfig) -> 
             return torch.optim.Adam(groups, lr=cfg.lr, betas=(beta1, beta2), fused=True)
         case Optimizer.adamw:
             return torch.optim.AdamW(groups, lr=cfg.lr, betas=(beta1, beta2), fused=True)
+        case other:
+            raise NotImplementedError(f"optimizer {other.value}")
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:

@@ -1,0 +1,68 @@
+"""Settings -> target, tokens and rows of activations."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nndecomp.activations.harvest import Harvester
+from nndecomp.activations.manifest import row_settings
+from nndecomp.activations.statistics import measure, site_scales
+from nndecomp.activations.store import Store, open_store, verify
+from nndecomp.activations.stream import RowStream, StoreStream, live_stream
+from nndecomp.config.schema import (
+    ActivationsKind,
+    Normalisation,
+    RunConfig,
+)
+from nndecomp.targets.base import Target
+from nndecomp.targets.load import load_target
+from nndecomp.tokens import open_tokens
+from nndecomp.types import Site
+
+if TYPE_CHECKING:
+    pass
+
+from nndecomp.build.settings import device
+
+
+def target(cfg: RunConfig) -> Target:
+    return load_target(cfg.target, device(cfg))
+
+
+def harvester(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> Harvester:
+    """Rows at `sites` over the training split, from its start."""
+    tokens = open_tokens(cfg.tokens, target.tokenizer, cfg.seed)
+    return Harvester(target, tokens, sites, cfg.activations, seq_len=cfg.tokens.seq_len)
+
+
+def stream(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> RowStream:
+    """Batches of training.batch_tokens shuffled rows at `sites`."""
+    match cfg.activations.kind:
+        case ActivationsKind.live:
+            return live_stream(harvester(cfg, target, sites), cfg.training.batch_tokens, cfg.seed)
+        case ActivationsKind.store:
+            rows, window_rows = store(cfg, target, sites), cfg.activations.buffer_tokens
+            return StoreStream(rows, cfg.training.batch_tokens, cfg.seed, window_rows, target.device)
+
+
+def store(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> Store:
+    """The store of `activations`, refused if it holds rows of another model, text or other sites."""
+    settings = row_settings(cfg.target, cfg.tokens, cfg.activations, target.tokenizer)
+    opened = open_store(Path(str(cfg.activations.store)), sites, settings)
+    opened.check_target(target)
+    if cfg.activations.verify:
+        verify(opened)
+    return opened
+
+
+def scales(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> dict[Site, float]:
+    """What each site's rows are divided by while training; folded into the weights afterwards."""
+    match cfg.activations.normalisation:
+        case Normalisation.none:
+            return dict.fromkeys(sites, 1.0)
+        case Normalisation.dataset if cfg.activations.kind is ActivationsKind.store:
+            rows = store(cfg, target, sites)
+            return site_scales(rows.statistics, rows.layout)
+        case Normalisation.dataset:
+            rows = harvester(cfg, target, sites)
+            return site_scales(measure(rows, cfg.activations.normalisation_tokens), rows.layout)

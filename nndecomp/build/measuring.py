@@ -1,0 +1,97 @@
+"""Trained dictionaries -> held-out measurements, and their report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nndecomp.activations.harvest import kept
+from nndecomp.activations.statistics import measure, site_means
+from nndecomp.checkpoint import write_text
+from nndecomp.config.schema import (
+    Architecture,
+    RunConfig,
+)
+from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.neurons import NeuronBaseline, build_neurons
+from nndecomp.evaluation.context import context
+from nndecomp.evaluation.rows import join, table, write_rows
+from nndecomp.evaluation.suite import evaluate_all
+from nndecomp.targets.base import Target
+from nndecomp.tokens import TokenBatch, heldout_tokens
+from nndecomp.types import Site
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+from nndecomp.build.data import harvester
+from nndecomp.build.settings import decompositions
+
+
+def baselines(cfg: RunConfig, target: Target) -> dict[str, NeuronBaseline]:
+    """What the run compares with and need not train."""
+    return {
+        name: build_neurons(each, target).eval()
+        for name, each in decompositions(cfg).items()
+        if each.architecture is Architecture.neurons
+    }
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out text, which of its positions count, and the mean of each written site over training text."""
+
+    tokens: TokenBatch
+    keep: Bool[Tensor, "batch pos"]
+    means: dict[Site, Float[Tensor, " width"]]
+
+
+def heldout(cfg: RunConfig, target: Target, writes: Sequence[Site]) -> Heldout:
+    tokens = heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)
+    rows = harvester(cfg, target, writes)
+    means = site_means(measure(rows, cfg.evaluation.mean_seqs * cfg.tokens.seq_len), rows.layout)
+    return Heldout(tokens, kept(tokens, cfg.activations), means)
+
+
+def measured(
+    cfg: RunConfig,
+    target: Target,
+    replacements: Mapping[str, Sequence[Decomposition]],
+    run: str,
+    seeds: Mapping[str, int] | None = None,
+    text: Heldout | None = None,
+) -> "DataFrame":
+    """Rows for each named replacement, on held-out text, read anew unless it is given.
+
+    `seeds` are those of training, where they are not the run's.
+    """
+    writes = sorted({site for parts in replacements.values() for part in parts for site in part.writes})
+    text = heldout(cfg, target, writes) if text is None else text
+    found = evaluate_all(target, replacements, text.tokens, text.keep, text.means, cfg.evaluation, cfg.seed)
+    contexts = {
+        name: context(cfg, target, parts, run, name, (seeds or {}).get(name, cfg.seed))
+        for name, parts in replacements.items()
+    }
+    return join([table(contexts[name], measurements) for name, measurements in found.items()])
+
+
+def scores(rows: "DataFrame") -> dict[str, float]:
+    """The few numbers by which runs are compared at a glance, everything replaced: scores.json."""
+    whole = rows[(rows.site == "all") & rows.metric.isin(["ce_increase", "fvu"])]
+    columns = (whole[column] for column in ("name", "metric", "inputs", "value"))
+    return {f"{name}/{metric}_{inputs}": value for name, metric, inputs, value in zip(*columns, strict=True)}
+
+
+def reported(rows: "DataFrame", out: Path) -> dict[str, float]:
+    """Writes the rows, draws the Pareto figure, writes and prints the table, and returns the scores."""
+    from nndecomp.report import figures, style, tables  # late: matplotlib and pandas are slow to import
+
+    write_rows(rows, out / "rows.parquet")
+    style.save(figures.pareto(rows), out / "figures", "pareto")
+    table = tables.summary(rows)
+    write_text(out / "table.md", tables.markdown(table))
+    print(tables.terminal(table), *tables.notices(rows), sep="\n")
+    return scores(rows)

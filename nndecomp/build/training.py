@@ -1,0 +1,61 @@
+"""Settings -> objectives -> trained dictionaries."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nndecomp.config.schema import (
+    Patched,
+    RunConfig,
+)
+from nndecomp.decompositions.architectures import build_dictionary
+from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.objective import DictionaryObjective
+from nndecomp.targets.base import Target
+from nndecomp.tokens import heldout_tokens
+from nndecomp.training.log import Log
+from nndecomp.training.loop import train
+
+if TYPE_CHECKING:
+    pass
+
+from nndecomp.build.data import scales, stream
+from nndecomp.build.measuring import heldout, measured, scores
+from nndecomp.build.settings import trainable
+
+
+def trained(cfg: RunConfig, target: Target, out: Path) -> dict[str, SparseDictionary]:
+    """Trains every dictionary of the run on one stream, going on from a checkpoint, and saves them."""
+    configs = trainable(cfg)
+    heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
+    dictionaries = {
+        name: build_dictionary(each, target.shape, cfg.seed, target.device, target.name)
+        for name, each in configs.items()
+    }
+    sites = sorted({site for each in dictionaries.values() for site in (*each.reads, *each.writes)})
+    rows, site_scale = stream(cfg, target, sites), scales(cfg, target, sites)
+    objectives = {
+        name: DictionaryObjective(each, configs[name], rows.layout, site_scale) for name, each in dictionaries.items()
+    }
+    evaluate = looking(cfg, target, objectives, out.name) if cfg.training.evaluate_every else None
+    with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as progress:
+        train(objectives, rows, cfg.training, out, log=progress, evaluate=evaluate, description=cfg.name)
+    finished = {name: objective.finished() for name, objective in objectives.items()}
+    for name, dictionary in finished.items():
+        dictionary.save_pretrained(out / "decompositions" / name)
+    return finished
+
+
+def looking(
+    cfg: RunConfig, target: Target, objectives: Mapping[str, DictionaryObjective], run: str
+) -> Callable[[int], dict[str, float]]:
+    """What the loop calls for held-out scores on the way; the text is read once."""
+    quick = replace(cfg, evaluation=replace(cfg.evaluation, patched=[Patched.all], bootstrap=0))
+    text = heldout(cfg, target, sorted({site for each in objectives.values() for site in each.dictionary.writes}))
+
+    def look(step: int) -> dict[str, float]:
+        now = {name: [objective.finished()] for name, objective in objectives.items()}
+        return scores(measured(quick, target, now, run, text=text))
+
+    return look

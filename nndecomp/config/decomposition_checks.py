@@ -1,0 +1,161 @@
+"""Which settings of a decomposition go together; each refusal is one sentence."""
+
+from dataclasses import MISSING, fields
+from enum import Enum
+from typing import Any
+
+from nndecomp.config.checks import require
+from nndecomp.config.kinds import (
+    Activation,
+    CodeNormalisation,
+    Dead,
+    Decoder,
+    Directions,
+    EndToEnd,
+    Penalty,
+    PreActivationLoss,
+)
+
+# A DecompositionConfig, which cannot be named here: its file imports this one.
+Settings = Any
+
+
+def check_k(cfg: Settings) -> None:
+    """Whether k fits the activation function, and the number of features."""
+    whole = lambda k: isinstance(k, int) and not isinstance(k, bool)  # noqa: E731
+    require(cfg.n_features > 0, f"decomposition.n_features={cfg.n_features} must be positive")
+    if not cfg.selects:
+        require(
+            cfg.k is None,
+            f"decomposition.k={cfg.k} has no meaning for decomposition.activation={cfg.activation.value}; "
+            "write decomposition.k=null",
+        )
+        return
+    valid = whole(cfg.k) or (isinstance(cfg.k, list) and cfg.k and all(map(whole, cfg.k)))
+    require(
+        bool(valid),
+        f"decomposition.k={cfg.k!r} is not a whole number or a list of them; "
+        f"decomposition.activation={cfg.activation.value} keeps k features per token",
+    )
+    for k in [*cfg.ks, *([] if cfg.k_start is None else [cfg.k_start])]:
+        require(
+            0 < k <= cfg.n_features,
+            f"decomposition.k={k} must lie between 1 and decomposition.n_features={cfg.n_features}",
+        )
+    require(
+        (cfg.k_start is None) == (cfg.k_anneal == 0),
+        f"decomposition.k_start={cfg.k_start} and decomposition.k_anneal={cfg.k_anneal} go together: "
+        "where k starts, and the share of training over which it moves to k",
+    )
+
+
+def check_effects(cfg: Settings) -> None:
+    """Refuses settings that would change nothing."""
+    effects: list[tuple[bool, str, tuple[str, ...]]] = [
+        (cfg.penalty is not Penalty.none, "penalty", ("penalty_coefficient", "penalty_normalisation")),
+        (cfg.penalty in (Penalty.tanh, Penalty.tanh_quadratic), "penalty=tanh or tanh_quadratic", ("penalty_scale",)),
+        (cfg.penalty is Penalty.tanh_quadratic, "penalty=tanh_quadratic", ("penalty_frequency",)),
+        (cfg.penalty is Penalty.lp, "penalty=lp", ("p_start", "p_end", "p_anneal", "p_steps")),
+        (cfg.activation is Activation.gated, "activation=gated", ("gate_coefficient",)),
+        (cfg.activation is Activation.batchtopk, "activation=batchtopk", ("threshold_rate",)),
+        (
+            cfg.activation is Activation.jumprelu,
+            "activation=jumprelu",
+            ("jumprelu_threshold", "jumprelu_bandwidth", "jumprelu_gradient", "jumprelu_log_threshold", "threshold_lr"),
+        ),
+        (
+            cfg.pre_activation_loss is not PreActivationLoss.none,
+            "pre_activation_loss",
+            ("pre_activation_coefficient",),
+        ),
+        (cfg.end_to_end is not EndToEnd.none, "end_to_end", ("end_to_end_coefficient", "end_to_end_sites")),
+        (cfg.matryoshka is not None, "matryoshka", ("matryoshka_weights",)),
+        (cfg.dead in (Dead.aux_k, Dead.ghost), "dead=aux_k or ghost", ("aux_coefficient",)),
+        (cfg.dead is Dead.aux_k, "dead=aux_k", ("aux_k",)),
+        (cfg.dead is Dead.resample, "dead=resample", ("resample_every", "resample_scale")),
+        (cfg.decoder is Decoder.archetypal, "decoder=archetypal", ("archetypes", "archetypal_slack")),
+        (cfg.directions is Directions.active_subspace, "directions=active_subspace", ("subspace_share",)),
+        (cfg.selects, "an activation function that takes k", ("k_start", "k_anneal", "scope")),
+    ]
+    initial = _defaults(type(cfg))
+    for has_effect, condition, names in effects:
+        for name in names:
+            value = getattr(cfg, name)
+            require(
+                has_effect or value == initial[name],
+                f"decomposition.{name}={_plain(value)} has no effect without decomposition.{condition}",
+            )
+    for on, name in (
+        (cfg.penalty is not Penalty.none, "penalty"),
+        (cfg.pre_activation_loss is not PreActivationLoss.none, "pre_activation_loss"),
+        (cfg.end_to_end is not EndToEnd.none, "end_to_end"),
+    ):
+        coefficient = f"{name.removesuffix('_loss')}_coefficient"
+        require(
+            not on or getattr(cfg, coefficient) > 0,
+            f"decomposition.{coefficient}={getattr(cfg, coefficient)} must be positive "
+            f"with decomposition.{name}={_plain(getattr(cfg, name))}",
+        )
+    require(
+        cfg.local_coefficient > 0 or cfg.end_to_end is not EndToEnd.none,
+        "decomposition.local_coefficient=0 leaves nothing to learn from without decomposition.end_to_end",
+    )
+
+
+def check_ranges(cfg: Settings) -> None:
+    for name in ("k_anneal", "penalty_warmup", "threshold_rate"):
+        require(0 <= getattr(cfg, name) <= 1, f"decomposition.{name}={getattr(cfg, name)} must lie between 0 and 1")
+    for name in (
+        *("penalty_coefficient", "aux_coefficient", "jumprelu_threshold", "gate_coefficient", "local_coefficient"),
+        *("pre_activation_coefficient", "end_to_end_coefficient", "archetypal_slack", "threshold_lr"),
+    ):
+        require(getattr(cfg, name) >= 0, f"decomposition.{name}={getattr(cfg, name)} must not be negative")
+    for name in (
+        *("aux_k", "dead_after_tokens", "jumprelu_bandwidth", "penalty_scale", "penalty_frequency", "p_start", "p_end"),
+        *("p_steps", "resample_every", "resample_scale", "archetypes", "initial_tokens", "subspace_share"),
+    ):
+        require(getattr(cfg, name) > 0, f"decomposition.{name}={getattr(cfg, name)} must be positive")
+    require(cfg.p_end <= cfg.p_start, f"decomposition.p_end={cfg.p_end} must not exceed p_start={cfg.p_start}")
+    require(
+        len(cfg.p_anneal) == 2 and 0 <= cfg.p_anneal[0] <= cfg.p_anneal[1] <= 1,
+        f"decomposition.p_anneal={cfg.p_anneal} must be two shares of training, e.g. [0.5, 1.0]",
+    )
+    require(
+        cfg.penalty is not Penalty.l1
+        or cfg.decoder is not Decoder.free
+        or cfg.penalty_normalisation is not CodeNormalisation.none,
+        "decomposition.penalty=l1 with a free decoder is won by small codes and large decoder rows; "
+        "write penalty_normalisation=sae, or decoder=unit_norm",
+    )
+    if cfg.matryoshka is not None:
+        shares, weights = cfg.matryoshka, cfg.matryoshka_weights
+        require(
+            len(shares) > 0 and all(share > 0 for share in shares) and abs(sum(shares) - 1) < 1e-6,
+            f"decomposition.matryoshka={shares} must be positive shares that add to 1",
+        )
+        require(
+            weights is None or (len(weights) == len(shares) and all(w >= 0 for w in weights) and sum(weights) > 0),
+            f"decomposition.matryoshka_weights={weights} must be {len(shares)} numbers, one a prefix, or null",
+        )
+    for name in ("lr", "decoder_norm", "penalty_target"):
+        value = getattr(cfg, name)
+        require(value is None or value > 0, f"decomposition.{name}={value} must be positive, or null")
+    require(
+        cfg.betas is None or (len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas)),
+        f"decomposition.betas={cfg.betas} must be two numbers from 0 up to 1, or null",
+    )
+    require(
+        cfg.n_exclusive is None or (len(cfg.n_exclusive) == 2 and all(n >= 0 for n in cfg.n_exclusive)),
+        f"decomposition.n_exclusive={cfg.n_exclusive} must be two whole numbers: features of A alone, of B alone",
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _defaults(of: type) -> dict[str, Any]:
+    """What each setting is where nothing is said."""
+    return {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory() for each in fields(of)
+    }

@@ -1,0 +1,234 @@
+"""From an architecture's name and the sites it is given to the groups it consists of.
+
+Everything is checked against the shape of the target, before any weight is loaded.
+
+    sae                           1 group         one site -> itself
+    per_layer_sae                 1 a site        each site -> itself
+    transcoder                    1 group         one site -> another, e.g. L3.mlp_in -> L3.mlp_out
+    per_layer_transcoder          1 a layer       L<l>.mlp_in -> L<l>.mlp_out
+    cross_layer_transcoder        1 a layer       L<l>.mlp_in -> mlp_out of layers l, l+1, ... (Ameisen et al. 2025)
+    crosscoder                    1 group         all sites -> all sites (Lindsey et al. 2024)
+    crosscoder, decoupled         1 a write       all sites -> one site, all with the first one's encoder
+    causal_crosscoder             1 a layer       site of layer l -> the same point of layers l, l+1, ...
+    dedicated_feature_crosscoder  up to 3         A -> A, A and B -> A and B, B -> B (Jiralerspong & Bricken 2026)
+    molt, lorsa, neurons          1 a layer       not dictionaries: see their own files
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nndecomp.config.schema import Architecture, CodeNormalisation, DecompositionConfig, require
+from nndecomp.decompositions.spec import GroupSpec
+from nndecomp.errors import SettingError
+from nndecomp.targets.base import TargetShape
+from nndecomp.types import Point, Site
+
+_SAES = (Architecture.sae, Architecture.per_layer_sae)
+_ONE_SITE = (Architecture.sae, Architecture.transcoder)
+_ONE_A_LAYER = (
+    *(Architecture.per_layer_transcoder, Architecture.cross_layer_transcoder, Architecture.neurons),
+    *(Architecture.molt, Architecture.lorsa, Architecture.causal_crosscoder),
+)
+_EVERY_HEAD = "z.h*"
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Groups, and k of each: one an entry, or none for activation functions without k."""
+
+    groups: tuple[GroupSpec, ...]
+    k: tuple[int, ...]
+    widths: dict[Site, int]
+
+
+def wire(cfg: DecompositionConfig, shape: TargetShape) -> Wiring:
+    """The groups of an architecture on a target of this shape.
+
+    Raises SettingError for layers, sites or lists of k that do not fit the architecture or the target.
+    """
+    reads, writes = _sites("reads", cfg.reads, cfg, shape), _sites("writes", cfg.writes, cfg, shape)
+    _check_sites(cfg, reads, writes)
+    groups = _groups(cfg, shape, reads, writes)
+    return Wiring(groups, _k_of(cfg, groups), {site: shape.width(site) for site in (*reads, *writes)})
+
+
+def _groups(
+    cfg: DecompositionConfig, shape: TargetShape, reads: tuple[Site, ...], writes: tuple[Site, ...]
+) -> tuple[GroupSpec, ...]:
+    n = cfg.n_features
+    match cfg.architecture:
+        case Architecture.sae | Architecture.per_layer_sae:
+            return _named([((site,), (site,)) for site in reads], n)
+        case Architecture.transcoder:
+            return _named([(reads, writes)], n)
+        case Architecture.per_layer_transcoder | Architecture.molt | Architecture.lorsa:
+            return _named([((read,), (write,)) for read, write in zip(reads, writes, strict=True)], n)
+        case Architecture.neurons:
+            pairs = [((read,), (write,)) for read, write in zip(reads, writes, strict=True)]
+            return _named(pairs, shape.of(None).d_mlp)
+        case Architecture.cross_layer_transcoder | Architecture.causal_crosscoder:
+            return _named([((read,), writes[i:]) for i, read in enumerate(reads)], n)
+        case Architecture.crosscoder if cfg.code_normalisation is CodeNormalisation.decoupled:
+            first = str(writes[0])
+            return tuple(
+                GroupSpec(str(site), reads, (site,), n, encoder=None if i == 0 else first)
+                for i, site in enumerate(writes)
+            )
+        case Architecture.crosscoder:
+            return (GroupSpec("shared", reads, writes, n),)
+        case Architecture.dedicated_feature_crosscoder:
+            assert cfg.n_exclusive is not None, "checked with the settings"
+            a, b = shape.models
+            of = lambda sites, model: tuple(site for site in sites if site.model == model)  # noqa: E731
+            groups = (
+                GroupSpec(str(a), of(reads, a), of(writes, a), cfg.n_exclusive[0]),
+                GroupSpec("shared", reads, writes, n),
+                GroupSpec(str(b), of(reads, b), of(writes, b), cfg.n_exclusive[1]),
+            )
+            return tuple(group for group in groups if group.n_features > 0)
+
+
+def _named(pairs: Sequence[tuple[tuple[Site, ...], tuple[Site, ...]]], n_features: int) -> tuple[GroupSpec, ...]:
+    """Groups named by their layer where each has its own, else by what they read."""
+    places = [(reads[0].model, reads[0].layer) for reads, _ in pairs]
+    alone = len(set(places)) == len(pairs) and len({model for model, _ in places}) == 1
+    return tuple(
+        GroupSpec(f"L{reads[0].layer}" if alone else str(reads[0]), reads, writes, n_features)
+        for reads, writes in pairs
+    )
+
+
+def _check_sites(cfg: DecompositionConfig, reads: tuple[Site, ...], writes: tuple[Site, ...]) -> None:
+    """Whether an architecture can be made of these sites."""
+    name = cfg.architecture.value
+    same = (*_SAES, Architecture.causal_crosscoder, Architecture.dedicated_feature_crosscoder)
+    require(
+        cfg.architecture not in same or reads == writes,
+        f"decomposition.writes={cfg.writes} differs from decomposition.reads={cfg.reads}, "
+        f"but decomposition.architecture={name} writes what it reads",
+    )
+    require(
+        not cfg.skip or not set(reads) & set(writes),
+        f"decomposition.skip=true would let decomposition.architecture={name} copy its input; write skip=false",
+    )
+    if cfg.architecture in _ONE_SITE:
+        for setting, sites in (("reads", reads), ("writes", writes)):
+            require(
+                len(sites) == 1,
+                f"decomposition.{setting} stands for {len(sites)} sites ({_list(sites)}), but "
+                f"decomposition.architecture={name} takes one; choose one layer with decomposition.layers, "
+                f"or per_layer_{name}",
+            )
+    if cfg.architecture in _ONE_A_LAYER:
+        _require_one_a_layer(cfg, reads, writes)
+    if cfg.architecture in (Architecture.cross_layer_transcoder, Architecture.causal_crosscoder):
+        for setting, sites in (("reads", reads), ("writes", writes)):
+            require(
+                len({(site.model, site.point, site.head) for site in sites}) == 1,
+                f"decomposition.{setting}={getattr(cfg, setting)} mixes points; "
+                f"decomposition.architecture={name} takes the same point at every layer",
+            )
+    if cfg.architecture is Architecture.crosscoder:
+        require(
+            len(writes) > 1,
+            f"decomposition.writes stands for one site ({_list(writes)}), but decomposition.architecture=crosscoder "
+            "explains several at once; write sae for one",
+        )
+    if cfg.architecture is Architecture.dedicated_feature_crosscoder:
+        require(
+            {site.model for site in reads} == {"A", "B"},
+            f"decomposition.reads={cfg.reads} must have sites of both models (A: and B:), since "
+            "decomposition.architecture=dedicated_feature_crosscoder tells them apart",
+        )
+    if cfg.architecture is Architecture.neurons:
+        _require_neurons(reads, writes)
+
+
+def _sites(setting: str, names: Sequence[str], cfg: DecompositionConfig, shape: TargetShape) -> tuple[Site, ...]:
+    """Points expanded over layers, single sites as they are; in model order, each checked and named once."""
+    require(bool(names), f"decomposition.{setting} is empty; name a point such as mlp_in or a site such as L3.mlp_in")
+    sites = []
+    for name in names:
+        model, _, place = name.rpartition(":")
+        if place in Point.__members__ or place == _EVERY_HEAD:
+            sites += _over_layers(place, cfg, model or None, shape.of(model or None))
+            continue
+        require(
+            cfg.layers is None,
+            f"decomposition.layers={cfg.layers} has no meaning for the single site {name!r} of "
+            f"decomposition.{setting}; write layers=null, or a point such as mlp_in",
+        )
+        sites.append(_parse(setting, name))
+    for site in sites:
+        shape.check(site, f"decomposition.{setting}")
+    require(len(set(sites)) == len(sites), f"decomposition.{setting}={list(names)} names a site twice")
+    return tuple(sorted(sites))
+
+
+def _over_layers(point: str, cfg: DecompositionConfig, model: str | None, shape: TargetShape) -> list[Site]:
+    """A point at every layer asked for; `z.h*` at every head of each."""
+    layers = list(range(shape.n_layers)) if cfg.layers is None else cfg.layers
+    for layer in layers:
+        require(
+            0 <= layer < shape.n_layers,
+            f"decomposition.layers={cfg.layers} asks for layer {layer}, "
+            f"but the target has layers 0 to {shape.n_layers - 1}",
+        )
+    if point == _EVERY_HEAD:
+        return [Site(layer, Point.z, head, model) for layer in layers for head in range(shape.n_heads)]
+    if Point[point] is Point.embed:
+        return [Site(0, Point.embed, model=model)]
+    return [Site(layer, Point[point], model=model) for layer in layers]
+
+
+def _parse(setting: str, name: str) -> Site:
+    try:
+        return Site.parse(name)
+    except SettingError as error:
+        raise SettingError(f"decomposition.{setting}: {error}") from None
+
+
+def _require_one_a_layer(cfg: DecompositionConfig, reads: Sequence[Site], writes: Sequence[Site]) -> None:
+    name = cfg.architecture.value
+    for setting, sites in (("reads", reads), ("writes", writes)):
+        require(
+            len({site.layer for site in sites}) == len(sites),
+            f"decomposition.{setting} has two sites in one layer ({_list(sites)}), "
+            f"but decomposition.architecture={name} takes one a layer",
+        )
+    require(
+        [site.layer for site in reads] == [site.layer for site in writes],
+        f"decomposition.reads ({_list(reads)}) and decomposition.writes ({_list(writes)}) do not pair: "
+        f"decomposition.architecture={name} reads and writes the same layers",
+    )
+
+
+def _require_neurons(reads: Sequence[Site], writes: Sequence[Site]) -> None:
+    for setting, sites, point in (("reads", reads, Point.mlp_hidden), ("writes", writes, Point.mlp_out)):
+        require(
+            {site.point for site in sites} == {point},
+            f"decomposition.{setting} is {_list(sites)}, but decomposition.architecture=neurons "
+            f"can only have {point.value}",
+        )
+
+
+def _k_of(cfg: DecompositionConfig, groups: Sequence[GroupSpec]) -> tuple[int, ...]:
+    if not cfg.selects:
+        return ()
+    if isinstance(cfg.k, list):
+        require(
+            len(cfg.k) == len(groups),
+            f"decomposition.k={cfg.k} has {len(cfg.k)} entries, but the decomposition has {len(groups)} groups "
+            f"({', '.join(group.name for group in groups)}); write one number, or one a group",
+        )
+    ks = cfg.ks if isinstance(cfg.k, list) else cfg.ks * len(groups)
+    for k, group in zip(ks, groups, strict=True):
+        require(
+            k <= group.n_features,
+            f"decomposition.k={k} is more than the {group.n_features} features of group {group.name}",
+        )
+    return tuple(ks)
+
+
+def _list(sites: Sequence[Site]) -> str:
+    return ", ".join(map(str, sites))
