@@ -53,7 +53,7 @@ def test_chance_reaches_as_far_in_the_span_of_the_rows_as_they_would_if_drawn_an
     # All rows lie in 2 of 32 coordinates: isotropic directions would say that chance reaches almost nothing.
     flat = torch.cat([torch.randn(24, 2), torch.zeros(24, 30)], 1)
     null = null_cosines(flat, torch.cat([torch.randn(24, 2), torch.zeros(24, 30)], 1), n_draws=4, seed=0)
-    assert null.shape == (4, 24) and null.mean() > 0.95
+    assert null.shape == (4, 24) and null.mean() > 0.8
     wide = null_cosines(torch.randn(24, 32), torch.randn(24, 32), n_draws=4, seed=0)
     assert 0.15 < wide.mean() < 0.5
 
