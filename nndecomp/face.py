@@ -25,7 +25,8 @@ from nndecomp.config.schema import DType, Inputs, Packing, TargetConfig, TargetK
 from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.neurons import NeuronBaseline
-from nndecomp.evaluation.patching import Batch, clean_run, live, pasted
+from nndecomp.decompositions.replacing import live, pasted
+from nndecomp.evaluation.patching import Batch, clean_run
 from nndecomp.targets import load
 from nndecomp.targets.base import Target
 from nndecomp.tokens import TokenBatch
@@ -168,4 +169,4 @@ def rows(*runs: str | Path) -> "DataFrame":
 def whole(batch: TokenBatch) -> Batch:
     """A batch whose positions all count, but for padding and BOS."""
     kept = (batch.mask & ~batch.is_bos).flatten().nonzero()[:, 0]
-    return Batch(slice(0, len(batch)), batch.tokens, kept, batch.mask[:, 1:] & batch.mask[:, :-1])
+    return Batch(batch.tokens, kept, slice(0, len(batch)), batch.mask[:, 1:] & batch.mask[:, :-1])

@@ -24,7 +24,7 @@ def batches(n_seqs: int, pos: int, batch_seqs: int) -> list[Batch]:
     tokens = torch.zeros(n_seqs, pos, dtype=torch.int64)
     parts = [slice(start, min(start + batch_seqs, n_seqs)) for start in range(0, n_seqs, batch_seqs)]
     return [
-        Batch(part, tokens[part], torch.arange(len(tokens[part]) * pos), torch.ones(len(tokens[part]), pos - 1).bool())
+        Batch(tokens[part], torch.arange(len(tokens[part]) * pos), part, torch.ones(len(tokens[part]), pos - 1).bool())
         for part in parts
     ]
 

@@ -8,15 +8,15 @@ decomposition was asked to explain. Predictions are scored wherever the next tok
     live         written sites become the reconstruction computed from what arrives inside the patched run
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nndecomp.config.schema import Patched
-from nndecomp.decompositions.base import Decomposition, LiveRun
+from nndecomp.decompositions.replacing import Sequences
 from nndecomp.evaluation.bootstrap import Ratio
 from nndecomp.targets.base import Replace, Target
 from nndecomp.types import Site
@@ -58,12 +58,10 @@ def exact(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Sequences):
     """Some sequences of the held-out text, and which of their positions count."""
 
     seqs: slice  # which sequences of the held-out text
-    tokens: Int[Tensor, "batch pos"]
-    kept: Int[Tensor, " token"]  # positions that are replaced and reconstructed, in flattened (batch, pos)
     predicts: Bool[Tensor, "batch pos-1"]  # predictions of a real token
 
     def per_seq(self, values: Float[Tensor, "token *rest"]) -> Float[Tensor, "batch *rest"]:
@@ -72,17 +70,6 @@ class Batch:
         seq = (self.kept // self.tokens.shape[1]).to(values.device)
         sums = values.new_zeros(len(self.tokens), *values.shape[1:])
         return sums.index_add_(0, seq, values).cpu()
-
-    def rows(self, value: Float[Tensor, "batch pos width"]) -> Float[Tensor, "token width"]:
-        """The kept positions, as float32 rows."""
-        return value.flatten(0, 1).index_select(0, self.kept).float()
-
-    def put(
-        self, value: Float[Tensor, "batch pos width"], rows: Float[Tensor, "token width"]
-    ) -> Float[Tensor, "batch pos width"]:
-        """`value` with its kept positions replaced by `rows`."""
-        flat = value.flatten(0, 1).index_copy(0, self.kept, rows.to(value.dtype))
-        return flat.view(value.shape)
 
 
 @dataclass(frozen=True)
@@ -119,53 +106,6 @@ def ablation(batch: Batch, values: Mapping[Site, Float[Tensor, " width"] | None]
         return replace
 
     return {site: constant(vector) for site, vector in values.items()}
-
-
-def pasted(batch: Batch, rows: Mapping[Site, Float[Tensor, "token width"]]) -> dict[Site, Replace]:
-    """Sites become given rows: reconstructions computed from the clean run."""
-
-    def paste(site: Site) -> Replace:
-        return lambda value: batch.put(value, rows[site])
-
-    return {site: paste(site) for site in rows}
-
-
-# Told of every replacement of a live run: the site, what arrived there, what replaced it.
-Witness = Callable[[Site, Tensor, Tensor], None]
-
-
-def live(
-    batch: Batch, decompositions: Sequence[Decomposition], sites: Sequence[Site], witness: Witness | None = None
-) -> tuple[dict[Site, Replace], list[LiveRun]]:
-    """Replacements at `sites` computed inside the patched run, and the runs that compute them.
-
-    A decomposition reads a site before it writes it, and reads what others have written there: whatever leaves the
-    site. Sites that are written but not in `sites` keep the target's own value, while features are read everywhere.
-    """
-    runs = [each.live_run() for each in decompositions]
-    writer = {site: run for each, run in zip(decompositions, runs, strict=True) for site in each.writes}
-    readers: dict[Site, list[LiveRun]] = {site: [] for site in sites}
-    for each, run in zip(decompositions, runs, strict=True):
-        for site in each.reads:
-            readers.setdefault(site, []).append(run)
-
-    def visit(site: Site) -> Replace:
-        def replace(value: Tensor) -> Tensor | None:
-            rows = arrived = batch.rows(value)
-            if site in sites:
-                if writer[site] in readers[site]:
-                    writer[site].read(site, arrived)
-                rows = writer[site].write(site)
-                if witness is not None:
-                    witness(site, arrived, rows)
-            for run in readers[site]:
-                if site not in sites or run is not writer[site]:
-                    run.read(site, rows)
-            return batch.put(value, rows) if site in sites else None
-
-        return replace
-
-    return {site: visit(site) for site in readers}, runs
 
 
 class Predictions:

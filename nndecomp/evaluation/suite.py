@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nndecomp.config.schema import EvaluationConfig, Inputs, Patched
 from nndecomp.decompositions.base import Decomposition, GroupCost
+from nndecomp.decompositions.replacing import live, pasted
 from nndecomp.evaluation.bootstrap import Ratio, estimate, resamples
 from nndecomp.evaluation.costs import axes
 from nndecomp.evaluation.patching import (
@@ -24,8 +25,6 @@ from nndecomp.evaluation.patching import (
     Predictions,
     ablation,
     clean_run,
-    live,
-    pasted,
     patch_sets,
     predictions,
 )
@@ -125,9 +124,9 @@ def _batches(
         seqs = slice(start, min(start + batch_seqs, len(keep)))
         mask = heldout.mask[seqs]
         yield Batch(
-            seqs,
             heldout.tokens[seqs].to(device),
             keep[seqs].flatten().nonzero()[:, 0].to(device),
+            seqs,
             (mask[:, 1:] & mask[:, :-1]).to(device),
         )
 
