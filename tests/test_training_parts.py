@@ -1,4 +1,4 @@
-"""Learning rates, optimisers, norms, windows of metrics, the log, the progress line."""
+"""Learning rates, norms, windows of metrics, the log, the progress line."""
 
 import json
 import math
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from training_parts import QUIET, training
 
-from nndecomp.config.schema import LogConfig, LrSchedule, Optimizer, Wandb
+from nndecomp.config.schema import LogConfig, LrSchedule, Wandb
 from nndecomp.errors import SettingError
 from nndecomp.training.log import Log, check_log, flat
-from nndecomp.training.optimisers import build_optimiser, clip_gradients, gradient_norms, set_learning_rate
+from nndecomp.training.optimisers import clip_gradients, gradient_norms
 from nndecomp.training.progress import Clock, Progress, duration
 from nndecomp.training.randomness import Lanes, random_state, random_state_kept, set_random_state
 from nndecomp.training.schedules import learning_rate
@@ -55,33 +55,6 @@ def test_no_step_has_a_learning_rate_of_zero_or_above_the_setting(schedule: LrSc
 def test_there_is_no_learning_rate_after_the_last_step():
     with pytest.raises(AssertionError, match="step 10 is not one of 10"):
         learning_rate(10, training(10))
-
-
-def test_one_step_of_adam_is_the_formula():
-    """First step: m / (1 - beta1) = g and v / (1 - beta2) = g^2, so every entry moves by lr against the sign of g."""
-    p = nn.Parameter(torch.tensor([[1.0, -2.0]]))
-    optimiser = build_optimiser([p], training(1, lr=0.25))
-    p.grad = torch.tensor([[3.0, -0.5]])
-    optimiser.step()
-    torch.testing.assert_close(p.data, torch.tensor([[0.75, -1.75]]))
-
-
-@pytest.mark.parametrize("kind", list(Optimizer))
-def test_weight_decay_acts_on_matrices_only(kind: Optimizer):
-    W, b, s = (nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), ()))
-    optimiser = build_optimiser([W, b, s], training(1, optimizer=kind, weight_decay=0.5, lr=0.1))
-    for p in (W, b, s):
-        p.grad = torch.zeros_like(p)
-    optimiser.step()
-    assert torch.equal(b, torch.ones(2)) and torch.equal(s, torch.ones(()))
-    decayed = 1 - 0.1 * 0.5 if kind is Optimizer.adamw else 1 - 0.1  # adam: decay is a gradient, so a step of lr
-    torch.testing.assert_close(W.data, torch.full((2, 2), decayed))
-
-
-def test_the_learning_rate_can_be_set_for_all_parameters():
-    optimiser = build_optimiser([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))], training(1))
-    set_learning_rate(optimiser, 0.125)
-    assert [group["lr"] for group in optimiser.param_groups] == [0.125, 0.125]
 
 
 @pytest.mark.parametrize(("clip_norm", "scale"), [(10.0, 1.0), (5.0, 1.0), (2.5, 0.5)])

@@ -41,6 +41,12 @@ class Regression(nn.Module):
     def after_step(self) -> None:
         self.n_seen += 1
 
+    def own_training(self, cfg: TrainingConfig) -> TrainingConfig:
+        return cfg
+
+    def lr_shares(self) -> dict[str, float]:
+        return {}
+
 
 class Rows:
     """x and y = x A + 1 + noise, with A[i, j] = i - j."""

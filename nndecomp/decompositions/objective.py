@@ -5,12 +5,13 @@ scales into the weights. All state is in the module's state_dict, so a checkpoin
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nndecomp.config.schema import Dead, DecompositionConfig, Penalty
+from nndecomp.config.schema import Dead, DecompositionConfig, Penalty, TrainingConfig
 from nndecomp.decompositions import losses
 from nndecomp.decompositions.activation import JumpRelu, Selecting
 from nndecomp.decompositions.codes import Codes, DenseCodes
@@ -101,6 +102,16 @@ class DictionaryObjective(nn.Module):
         self.tokens_since_fired += n_tokens
         self.tokens_since_fired.masked_fill_(fired, 0)
         self._tokens_seen += n_tokens
+
+    def own_training(self, cfg: TrainingConfig) -> TrainingConfig:
+        """`decomposition` goes before `training`, where it says something."""
+        own = {"optimizer": self.cfg.optimizer, "lr": self.cfg.lr, "betas": self.cfg.betas}
+        return replace(cfg, **{name: value for name, value in own.items() if value is not None})
+
+    def lr_shares(self) -> dict[str, float]:
+        """Thresholds of JumpReLU may learn slower than weights."""
+        thresholds = [name for name, _ in self.named_parameters() if name.startswith("dictionary.activation.")]
+        return {} if self.cfg.threshold_lr == 1 else dict.fromkeys(thresholds, self.cfg.threshold_lr)
 
     def finished(self) -> SparseDictionary:
         """A copy in eval mode that works on raw activations."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nndecomp.config.schema import TrainingConfig
 from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP
 from nndecomp.tokens import TokenBatch, TokenStream
 
@@ -39,6 +40,12 @@ class NextToken(nn.Module):
 
     def after_step(self) -> None:
         pass
+
+    def own_training(self, cfg: TrainingConfig) -> TrainingConfig:
+        return cfg
+
+    def lr_shares(self) -> dict[str, float]:
+        return {}
 
 
 class TokenBatches:

@@ -37,13 +37,14 @@ class Trainee:
     """One objective with its optimiser and what was measured since the last log point."""
 
     def __init__(self, name: str, objective: Objective, cfg: TrainingConfig) -> None:
-        self.name, self.objective, self.cfg = name, objective, cfg
+        self.name, self.objective, self.cfg = name, objective, objective.own_training(cfg)
         self.parameters = {key: p for key, p in objective.named_parameters() if p.requires_grad}
         assert self.parameters, f"{name} has no parameters to train"
         for key, parameter in self.parameters.items():
             assert parameter.dtype == torch.float32, f"{name}: parameter {key} is {parameter.dtype}, train in float32"
         self.device = next(iter(self.parameters.values())).device
-        self.optimiser = build_optimiser(list(self.parameters.values()), cfg)
+        self.lr_shares = dict(objective.lr_shares())
+        self.optimiser = build_optimiser(self.parameters, self.cfg, self.lr_shares)
         self.window = Window(name, list(self.parameters))
 
     def step(self, batch: Any, step: int) -> None:
@@ -102,8 +103,9 @@ def train(
     lanes = Lanes([STREAM, *objectives])
     directory = out / "checkpoint"
     facts = {
-        "training": {key: plain(value) for key, value in asdict(cfg).items() if key not in OCCASIONS},
+        "training": settled(cfg),
         "objectives": {name: shapes(objective.state_dict()) for name, objective in objectives.items()},
+        "own": {trainee.name: {**settled(trainee.cfg), "lr_shares": trainee.lr_shares} for trainee in trainees},
     }
 
     def save(step: int) -> None:
@@ -165,8 +167,10 @@ def train(
                 signals.leave(f"{description} was told to stop and is saved at step {made} of {cfg.n_steps} in {out}")
 
 
-def plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
+def settled(cfg: TrainingConfig) -> dict[str, Any]:
+    """The settings that a run cannot change between two starts, as JSON."""
+    plain = {key: value.value if isinstance(value, Enum) else value for key, value in asdict(cfg).items()}
+    return {key: value for key, value in plain.items() if key not in OCCASIONS}
 
 
 def check_finite(trainee: Trainee, made: int) -> None:
@@ -179,7 +183,7 @@ def check_finite(trainee: Trainee, made: int) -> None:
 def metrics(trainee: Trainee, made: int, batch_tokens: int) -> dict[str, Any]:
     """A row of the log after `made` steps: means over the steps since the last row."""
     check_finite(trainee, made)
-    lr = trainee.optimiser.param_groups[0]["lr"]
+    lr = learning_rate(made - 1, trainee.cfg)
     return {"tokens": made * batch_tokens, "name": trainee.name, **trainee.window.means(made), "lr": lr}
 
 

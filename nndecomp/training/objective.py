@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from nndecomp.config.schema import TrainingConfig
+
 
 @runtime_checkable
 class Objective(Protocol):
@@ -27,6 +29,14 @@ class Objective(Protocol):
 
     def after_step(self) -> None:
         """Restores constraints on parameters and updates what is counted or averaged over batches."""
+        ...
+
+    def own_training(self, cfg: TrainingConfig, /) -> TrainingConfig:
+        """The settings it trains by, where `cfg` is what the run says for all; steps and batches are the run's."""
+        ...
+
+    def lr_shares(self) -> Mapping[str, float]:
+        """Parameters, by name, whose learning rate is a share of the others'."""
         ...
 
     # What `nn.Module` brings along.
