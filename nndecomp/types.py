@@ -27,6 +27,7 @@ class Point(Enum):
 
     embed = "embed"  # token embedding, before position information and before block 0
     resid_pre = "resid_pre"  # the residual stream entering the block
+    attn_in = "attn_in"  # what attention's first linear maps read: after the norm, affine part included
     z = "z"  # attention output per head, side by side, before the output projection
     attn_out = "attn_out"  # what attention adds to the residual stream (after a post-norm, if any)
     resid_mid = "resid_mid"  # between attention and MLP; parallel blocks have none
@@ -44,6 +45,7 @@ class Point(Enum):
 _HOOK_POINTS = {
     "hook_resid_pre": Point.resid_pre,
     "hook_in": Point.resid_pre,
+    "attn.hook_in": Point.attn_in,
     "attn.hook_z": Point.z,
     "attn.o.hook_in": Point.z,
     "hook_attn_out": Point.attn_out,

@@ -118,6 +118,7 @@ def values_from_weights(directory: Path, family: str) -> dict[Site, Tensor]:
             torch.testing.assert_close(resid_post, reported.hidden_states[layer + 1], atol=1e-4, rtol=1e-4)
         values |= {
             Site(layer, Point.resid_pre): resid_pre,
+            Site(layer, Point.attn_in): x,
             Site(layer, Point.z): z,
             Site(layer, Point.attn_out): attn_out,
             Site(layer, Point.mlp_in): mlp_in,

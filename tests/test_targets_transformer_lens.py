@@ -95,6 +95,7 @@ def test_hook_names_of_the_bridge_and_of_hooked_transformer_name_our_sites(bridg
     """Each name that Site.parse understands is a hook of the bridge, and holds what we record there."""
     names = {
         "hook_resid_pre": "hook_in",
+        "attn.hook_in": "attn.hook_in",
         "attn.hook_z": "attn.o.hook_in",
         "hook_attn_out": "hook_attn_out",
         "hook_resid_mid": "hook_resid_mid",

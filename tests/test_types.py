@@ -25,6 +25,7 @@ def test_a_site_is_read_back_from_what_it_prints(site: Site) -> None:
         ("embed.hook_out", "embed"),
         ("blocks.0.hook_resid_pre", "L0.resid_pre"),
         ("blocks.11.hook_in", "L11.resid_pre"),
+        ("blocks.3.attn.hook_in", "L3.attn_in"),
         ("blocks.3.attn.hook_z", "L3.z"),
         ("blocks.3.hook_attn_out", "L3.attn_out"),
         ("blocks.3.hook_resid_mid", "L3.resid_mid"),
@@ -68,6 +69,7 @@ def test_sites_sort_in_the_order_in_which_the_model_computes_them() -> None:
     ordered = [
         "embed",
         "L0.resid_pre",
+        "L0.attn_in",
         "L0.z",
         "L0.z.h0",
         "L0.z.h10",

@@ -5,6 +5,7 @@ Where each point is (a module's input is written ->m, its output m->; paths are 
     point       GPT-2           GPT-NeoX (Pythia)            Llama, Mistral, Qwen2/3      Gemma-2, Gemma-3
     embed       wte->           embed_in->                   embed_tokens->               embed_tokens->, sqrt(d) included
     resid_pre   ->block         ->block                      ->block                      ->block
+    attn_in     ln_1->          input_layernorm->            input_layernorm->            input_layernorm->
     z           ->attn.c_proj   ->attention.dense            ->self_attn.o_proj           ->self_attn.o_proj
     attn_out    attn.c_proj->   attention.dense->            self_attn.o_proj->           post_attention_layernorm->
     resid_mid   ->ln_2          ->post_attention_layernorm   ->post_attention_layernorm   ->pre_feedforward_layernorm
@@ -14,8 +15,8 @@ Where each point is (a module's input is written ->m, its output m->; paths are 
     resid_post  block->         block->                      block->                      block->
 
 So attn_out and mlp_out are always what is added to the residual stream: in Gemma they come after the post-norms, and a
-dictionary trained on the bare output of Gemma's MLP is not one of mlp_out. mlp_in is always after the norm with its
-affine part. In gated MLPs mlp_hidden is the product of gate and up. GPT-NeoX with parallel blocks (all of Pythia) has
+dictionary trained on the bare output of Gemma's MLP is not one of mlp_out. attn_in and mlp_in are always after the norm
+with its affine part. In gated MLPs mlp_hidden is the product of gate and up. GPT-NeoX with parallel blocks (all of Pythia) has
 no resid_mid. resid_mid is written into the tensor itself, so that norm and residual skip both see it (`hooks.Side`).
 """
 
@@ -46,6 +47,7 @@ from nndecomp.types import Point
 _LLAMA = Wiring.of_blocks(
     embed="model.embed_tokens",
     blocks="model.layers",
+    first_norm="input_layernorm",
     attn_tail=("self_attn.o_proj",),
     second_norm="post_attention_layernorm",
     mlp_tail=("mlp.down_proj",),
@@ -53,6 +55,7 @@ _LLAMA = Wiring.of_blocks(
 _GEMMA = Wiring.of_blocks(
     embed="model.embed_tokens",
     blocks="model.layers",
+    first_norm="input_layernorm",
     attn_tail=("self_attn.o_proj", "post_attention_layernorm"),
     second_norm="pre_feedforward_layernorm",
     mlp_tail=("mlp.down_proj", "post_feedforward_layernorm"),
@@ -61,6 +64,7 @@ _WIRINGS = {
     "gpt2": Wiring.of_blocks(
         embed="transformer.wte",
         blocks="transformer.h",
+        first_norm="ln_1",
         attn_tail=("attn.c_proj",),
         second_norm="ln_2",
         mlp_tail=("mlp.c_proj",),
@@ -68,6 +72,7 @@ _WIRINGS = {
     "gpt_neox": Wiring.of_blocks(
         embed="gpt_neox.embed_in",
         blocks="gpt_neox.layers",
+        first_norm="input_layernorm",
         attn_tail=("attention.dense",),
         second_norm="post_attention_layernorm",
         mlp_tail=("mlp.dense_4h_to_h",),

@@ -1,4 +1,4 @@
-"""LlamaSimpleMLP as a target: resid_mid enters rms_2, mlp_hidden enters down_proj, and what the MLP returns is mlp_out."""
+"""LlamaSimpleMLP as a target: attn_in leaves rms_1, resid_mid enters rms_2, mlp_hidden enters down_proj, and what the MLP returns is mlp_out."""
 
 from typing import Any
 
@@ -10,7 +10,12 @@ from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConf
 from nndecomp.targets.modules import ModuleTarget, Wiring
 
 _WIRING = Wiring.of_blocks(
-    embed="wte", blocks="h", attn_tail=("attn.o_proj",), second_norm="rms_2", mlp_tail=("mlp.down_proj",)
+    embed="wte",
+    blocks="h",
+    first_norm="rms_1",
+    attn_tail=("attn.o_proj",),
+    second_norm="rms_2",
+    mlp_tail=("mlp.down_proj",),
 )
 
 

@@ -26,14 +26,21 @@ class Wiring:
 
     @staticmethod
     def of_blocks(
-        *, embed: str, blocks: str, attn_tail: tuple[str, ...], second_norm: str, mlp_tail: tuple[str, ...]
+        *,
+        embed: str,
+        blocks: str,
+        first_norm: str,
+        attn_tail: tuple[str, ...],
+        second_norm: str,
+        mlp_tail: tuple[str, ...],
     ) -> "Wiring":
-        """Blocks of attention and then `mlp`; the tails are the modules from z to attn_out, from neurons to mlp_out."""
+        """Blocks of attention, which alone reads the first norm, and then `mlp`; the tails are the modules from z to attn_out, from neurons to mlp_out."""
         return Wiring(
             embed,
             blocks,
             {
                 Point.resid_pre: ("", Side.input),
+                Point.attn_in: (first_norm, Side.output),
                 Point.z: (attn_tail[0], Side.input),
                 Point.attn_out: (attn_tail[-1], Side.output),
                 Point.resid_mid: (second_norm, Side.stream),

@@ -1,15 +1,16 @@
 """The second backend: the same models in a TransformerLens TransformerBridge, which unlike HookedTransformer is in 3 and 4.
 
     embed       embed.hook_out
-    resid_pre   blocks.N.hook_in           mlp_in      blocks.N.mlp.hook_in
-    z           blocks.N.attn.o.hook_in    mlp_hidden  blocks.N.mlp.out.hook_in
-    attn_out    blocks.N.attn.hook_out     mlp_out     blocks.N.mlp.hook_out     Gemma: blocks.N.ln1_post.hook_out and
-    resid_mid   blocks.N.ln2               resid_post  blocks.N.hook_out         blocks.N.ln2_post.hook_out
+    resid_pre   blocks.N.hook_in           attn_in     blocks.N.attn.hook_in
+    z           blocks.N.attn.o.hook_in    mlp_in      blocks.N.mlp.hook_in
+    attn_out    blocks.N.attn.hook_out     mlp_hidden  blocks.N.mlp.out.hook_in
+    resid_mid   blocks.N.ln2               mlp_out     blocks.N.mlp.hook_out
+    resid_post  blocks.N.hook_out          Gemma: attn_out is blocks.N.ln1_post.hook_out, mlp_out blocks.N.ln2_post.hook_out
 
-The places of `huggingface.py`, and the weights as they are stored: no layer norm folded, nothing centred. mlp_in is not
-ln2.hook_normalized, which comes before the norm's affine part. Replacing ln2.hook_in would leave the residual skip as
-it was, so resid_mid is written into the tensor that enters ln2. The bridge computes attention step by step, for its hooks;
-numbers differ from the fused attention of `huggingface.py` in the last bits.
+The places of `huggingface.py`, and the weights as they are stored: no layer norm folded, nothing centred. attn_in and
+mlp_in are not ln1.hook_normalized and ln2.hook_normalized, which come before the norm's affine part. Replacing
+ln2.hook_in would leave the residual skip as it was, so resid_mid is written into the tensor that enters ln2. The bridge
+computes attention step by step, for its hooks; numbers differ from the fused attention of `huggingface.py` in the last bits.
 """
 
 from dataclasses import replace
@@ -30,6 +31,7 @@ _WIRING = Wiring(
     blocks="blocks",
     points={
         Point.resid_pre: ("hook_in", Side.output),
+        Point.attn_in: ("attn.hook_in", Side.output),
         Point.z: ("attn.o.hook_in", Side.output),
         Point.attn_out: ("attn.hook_out", Side.output),
         Point.resid_mid: ("ln2", Side.stream),
