@@ -5,8 +5,13 @@ import torch
 from decomposition_parts import ACTIVATIONS, ARCHITECTURES, dictionary, inputs, settled
 
 from nndecomp.config.schema import Scope
-from nndecomp.decompositions.activation import BatchTopK, JumpRelu
+from nndecomp.decompositions.activation_pointwise import JumpRelu
+from nndecomp.decompositions.activation_selecting import BatchTopK
 from nndecomp.decompositions.codes import Codes, DenseCodes
+
+
+def after_step(activation, codes: Codes) -> None:
+    activation.after_step(codes, [None for _ in codes])
 
 
 def codes_of(*rows: list[float]) -> Codes:
@@ -15,23 +20,23 @@ def codes_of(*rows: list[float]) -> Codes:
 
 def test_the_inference_threshold_starts_at_the_first_smallest_value_and_moves_from_there():
     activation = BatchTopK([2], Scope.group, threshold_rate=0.1)
-    activation.after_step(codes_of([0.0, 3.0, 5.0]))
+    after_step(activation, codes_of([0.0, 3.0, 5.0]))
     assert activation.threshold.tolist() == [3.0]
-    activation.after_step(codes_of([0.0, 4.0, 6.0]))
+    after_step(activation, codes_of([0.0, 4.0, 6.0]))
     assert activation.threshold.tolist() == pytest.approx([3.1])
 
 
 def test_a_batch_without_positive_values_leaves_the_threshold_alone():
     activation = BatchTopK([2, 2], Scope.group, threshold_rate=0.1)
-    activation.after_step(codes_of([0.0, 0.0], [1.0, 0.0]))
+    after_step(activation, codes_of([0.0, 0.0], [1.0, 0.0]))
     assert activation.threshold.isnan().tolist() == [True, False]
-    activation.after_step(codes_of([2.0, 0.0], [0.0, 0.0]))
+    after_step(activation, codes_of([2.0, 0.0], [0.0, 0.0]))
     assert activation.threshold.tolist() == [2.0, 1.0]
 
 
 def test_groups_that_compete_have_one_threshold():
     activation = BatchTopK([2, 2], Scope.all, threshold_rate=0.1)
-    activation.after_step(codes_of([0.0, 7.0], [4.0, 9.0]))
+    after_step(activation, codes_of([0.0, 7.0], [4.0, 9.0]))
     assert activation.threshold.tolist() == [4.0]
 
 
@@ -44,7 +49,7 @@ def test_evaluating_before_a_threshold_is_known_is_an_error():
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
 def test_thresholds_stay_in_fp32_whatever_the_module_is_cast_to(activation):
     made = dictionary(**ACTIVATIONS[activation])
-    made.activation.after_step(codes_of([0.1234567], [0.1234567], [0.1234567]))
+    after_step(made.activation, codes_of([0.1234567], [0.1234567], [0.1234567]))
     before = [t.clone() for t in made.activation.state_dict().values()]
     made.to(torch.bfloat16)
     assert made.b_dec.dtype == torch.bfloat16
@@ -124,5 +129,5 @@ def test_jumprelu_thresholds_never_become_negative():
     activation = JumpRelu([2], initial_threshold=0.1, bandwidth=0.1)
     with torch.no_grad():
         activation.threshold[0].copy_(torch.tensor([-0.5, 0.3]))
-    activation.after_step(codes_of([0.0, 0.0]))
+    after_step(activation, codes_of([0.0, 0.0]))
     assert activation.threshold[0].tolist() == pytest.approx([0.0, 0.3])

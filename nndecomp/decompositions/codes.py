@@ -5,7 +5,7 @@ selection produces; `DenseCodes` is the full matrix, for activation functions wh
 whose value is 0 is not active. Gradients flow into the values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,9 +63,9 @@ class SparseCodes:
         blank = torch.zeros(self.n_features, dtype=torch.int64, device=self.values.device)
         return blank.index_add_(0, self.indices, (self.values != 0).long())
 
-    def weighted(self, weights: Float[Tensor, "feature"]) -> Float[Tensor, "slot"]:
-        """Values times a weight a feature, in any order and with zeros left out."""
-        return self.values * weights.index_select(0, self.indices)
+    def weighted(self, weights: Float[Tensor, "feature"] | None) -> Float[Tensor, "slot"]:
+        """Values times a weight a feature (null: 1), in any order and with zeros left out."""
+        return self.values if weights is None else self.values * weights.index_select(0, self.indices)
 
     def entries(self) -> tuple[Int[Tensor, "slot"], Int[Tensor, "slot"], Float[Tensor, "slot"]]:
         """Tokens, features and values of the active entries, token by token."""
@@ -102,9 +102,9 @@ class DenseCodes:
         """Tokens that each feature is active on."""
         return (self.values != 0).sum(0)
 
-    def weighted(self, weights: Float[Tensor, "feature"]) -> Float[Tensor, "token feature"]:
-        """Values times a weight a feature."""
-        return self.values * weights
+    def weighted(self, weights: Float[Tensor, "feature"] | None) -> Float[Tensor, "token feature"]:
+        """Values times a weight a feature (null: 1)."""
+        return self.values if weights is None else self.values * weights
 
     def entries(self) -> tuple[Int[Tensor, "slot"], Int[Tensor, "slot"], Float[Tensor, "slot"]]:
         """Tokens, features and values of the active entries, token by token."""
@@ -162,3 +162,17 @@ class Codes:
     def fired(self) -> Bool[Tensor, "all_features"]:
         """Features active on at least one token, groups side by side."""
         return torch.cat(self.firings()) > 0
+
+
+# Of each group: c of each feature, by which codes are multiplied where features are compared; null: 1.
+Scales = Sequence[Float[Tensor, "_"] | None]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What encoding a batch gave, for losses. Gradients flow through all but the scales."""
+
+    codes: Codes
+    scales: Scales  # as selection and thresholds saw them
+    pres: tuple[Float[Tensor, "token _"], ...] | None  # of each group, dense; null where an activation function selects
+    gates: tuple[Float[Tensor, "token _"], ...] | None = None  # gated: max(0, pi_gate) of each group

@@ -8,6 +8,9 @@ Every architecture of `nndecomp.decompositions.architectures` is this module wit
 architecture forbids do not exist.
 """
 
+# A live run is of the dictionary that makes it.
+# pyright: reportImportCycles=false
+
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,83 +19,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nndecomp.config.schema import CodeNormalisation
 from nndecomp.decompositions import kernels
-from nndecomp.decompositions.activation import Pointwise, Selecting, make_activation
+from nndecomp.decompositions.activation import make_activation
+from nndecomp.decompositions.activation_base import Pointwise, Selecting
+from nndecomp.decompositions.activation_pointwise import JumpRelu
 from nndecomp.decompositions.base import Decomposition, GroupCost
-from nndecomp.decompositions.codes import Codes, DenseCodes, GroupCodes, SparseCodes
-from nndecomp.decompositions.normalisation import decoder_scale
+from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding, SparseCodes
+from nndecomp.decompositions.group import Group
+from nndecomp.decompositions.live import DictionaryRun
 from nndecomp.decompositions.pretrained import Pretrained
-from nndecomp.decompositions.spec import DictionarySpec, GroupSpec
+from nndecomp.decompositions.spec import DictionarySpec
 from nndecomp.types import Layout, Site
-
-
-def _span(layout: Layout, sites: Sequence[Site], group: str) -> slice:
-    span = layout.span(sites)
-    assert span is not None, f"the sites of group {group} are not adjacent: {', '.join(map(str, sites))}"
-    return span
-
-
-class LinearEncoder(nn.Module):
-    """Pre-activations of one or more groups."""
-
-    def __init__(self, d_read: int, n_features: int) -> None:
-        super().__init__()
-        self.W_enc = nn.Parameter(torch.zeros(n_features, d_read))
-        self.b_enc = nn.Parameter(torch.zeros(n_features))
-
-    def forward(self, x: Float[Tensor, "token d_read"]) -> Float[Tensor, "token feature"]:
-        return nn.functional.linear(x, self.W_enc, self.b_enc)
-
-
-class Group(nn.Module):
-    """One bank of features. Both weight matrices are feature-major: one row a feature."""
-
-    def __init__(
-        self, spec: GroupSpec, read_layout: Layout, write_layout: Layout, skip: bool, of: "Group | None"
-    ) -> None:
-        super().__init__()
-        self.name = spec.name
-        self.reads = _span(read_layout, spec.reads, spec.name)
-        self.writes = _span(write_layout, spec.writes, spec.name)
-        self.write_widths = tuple(write_layout.width_of(site) for site in spec.writes)
-        d_read = self.reads.stop - self.reads.start
-        d_write = self.writes.stop - self.writes.start
-        if of is None:
-            self.encoder = LinearEncoder(d_read, spec.n_features)
-        else:
-            # Borrowed: its weights are the other group's, and stand in the state_dict once.
-            self.__dict__["encoder"] = of.encoder
-        self.W_dec = nn.Parameter(torch.zeros(spec.n_features, d_write))
-        self.W_skip = nn.Parameter(torch.zeros(d_read, d_write)) if skip else None
-
-    @property
-    def n_features(self) -> int:
-        return self.W_dec.shape[0]
-
-    @property
-    def has_own_encoder(self) -> bool:
-        return "encoder" in self._modules
-
-    @property
-    def W_enc(self) -> Float[Tensor, "feature d_read"]:
-        return self.encoder.W_enc
-
-    @property
-    def b_enc(self) -> Float[Tensor, "feature"]:
-        return self.encoder.b_enc
-
-    def scale(self, kind: CodeNormalisation, mixed_weights: tuple[float, float]) -> Float[Tensor, "feature"]:
-        """c of each feature; gradients flow into the decoder."""
-        return decoder_scale(self.W_dec, self.write_widths, kind, mixed_weights)
-
-    def pre_activations(self, x: Float[Tensor, "token d_read"]) -> Float[Tensor, "token feature"]:
-        return self.encoder(x)
-
-    def contribution(self, x: Float[Tensor, "token d_read"], codes: GroupCodes) -> Float[Tensor, "token d_write"]:
-        """What the group adds to its write span; x is what it reads, not centred."""
-        features = codes.decode(self.W_dec)
-        return features if self.W_skip is None else features + x @ self.W_skip
 
 
 class SparseDictionary(Pretrained, Decomposition):
@@ -136,36 +73,41 @@ class SparseDictionary(Pretrained, Decomposition):
 
     def read(self, x: Float[Tensor, "token d_reads"], group: int) -> Float[Tensor, "token d_read"]:
         """What one group's encoder sees of x."""
-        return self._centred(x[:, self.banks[group].reads], group)
+        return self.centred(x[:, self.banks[group].reads], group)
 
-    def _centred(self, x: Float[Tensor, "token d_read"], group: int) -> Float[Tensor, "token d_read"]:
+    def centred(self, x: Float[Tensor, "token d_read"], group: int) -> Float[Tensor, "token d_read"]:
         return x - self.b_dec[self.banks[group].reads] if self._spec.centre_input else x
 
-    def pre_activations(self, x: Float[Tensor, "token d_reads"]) -> list[Float[Tensor, "token _"]]:
-        """Of every group, dense and differentiable."""
-        return [bank.pre_activations(self.read(x, g)) for g, bank in enumerate(self.banks)]
-
     def encode(self, x: Float[Tensor, "token d_reads"]) -> Codes:
-        groups = range(len(self.groups))
-        return Codes(tuple(self.encode_groups([self.read(x, g) for g in groups], groups)))
+        return self.encoding(x).codes
 
-    def encode_groups(self, inputs: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[GroupCodes]:
-        """Codes of some groups from what each of them reads, centred where that is asked for."""
+    def encoding(self, x: Float[Tensor, "token d_reads"]) -> Encoding:
+        """Codes, with what losses want to know beside them."""
+        groups = range(len(self.groups))
+        return self.encode_groups([self.read(x, g) for g in groups], groups)
+
+    def encode_groups(self, inputs: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> Encoding:
+        """Some groups, from what each of them reads, centred where that is asked for."""
         banks = [self.banks[g] for g in groups]
+        scales = [None for _ in groups]
         if isinstance(self.activation, Pointwise):
-            pointwise = self.activation
-            return [
-                DenseCodes(pointwise(bank.pre_activations(x), g))
-                for bank, x, g in zip(banks, inputs, groups, strict=True)
-            ]
+            pres = tuple(bank.pre_activations(x) for bank, x in zip(banks, inputs, strict=True))
+            values = [self.activation(pre, g) for pre, g in zip(pres, groups, strict=True)]
+            return Encoding(Codes(tuple(map(DenseCodes, values))), scales, pres)
         with torch.no_grad():
-            pres = [bank.pre_activations(x) for bank, x in zip(banks, inputs, strict=True)]
-            supports = self.activation.supports(pres, groups)
+            dense = [bank.pre_activations(x) for bank, x in zip(banks, inputs, strict=True)]
+            supports = self.activation.supports(dense, groups)
         # A negative pre-activation among the k largest becomes 0, which is not active.
-        return [
+        codes = [
             SparseCodes(kernels.active_pre(x, bank.W_enc, bank.b_enc, pre, support).relu(), support)
-            for x, bank, pre, support in zip(inputs, banks, pres, supports, strict=True)
+            for x, bank, pre, support in zip(inputs, banks, dense, supports, strict=True)
         ]
+        return Encoding(Codes(tuple(codes)), scales, None)
+
+    def active(self, encoding: Encoding) -> list[Float[Tensor, "token _"]]:
+        """Of jumprelu: 1 where a feature is active, with the straight-through gradient of its threshold."""
+        assert isinstance(self.activation, JumpRelu) and encoding.pres is not None, "only jumprelu learns by counting"
+        return [self.activation.active(pre, g) for g, pre in enumerate(encoding.pres)]
 
     def decode(self, codes: Codes, x: Float[Tensor, "token d_reads"]) -> Float[Tensor, "token d_writes"]:
         """x is read only by the linear skip."""
@@ -227,45 +169,6 @@ class SparseDictionary(Pretrained, Decomposition):
             bank.W_dec.mul_(s_write[bank.writes])
             if bank.W_skip is not None:
                 bank.W_skip.mul_(s_write[bank.writes] / s_read[bank.reads, None])
-
-
-class DictionaryRun:
-    """A pass in which groups are encoded as soon as the last site they read has arrived, and add to what they write."""
-
-    def __init__(self, dictionary: SparseDictionary) -> None:
-        self._dictionary = dictionary
-        self._values: dict[Site, Tensor] = {}
-        self._codes: dict[int, GroupCodes] = {}
-        self._y_hat: Tensor | None = None
-
-    def read(self, site: Site, value: Float[Tensor, "token width"]) -> None:
-        dictionary = self._dictionary
-        assert site in dictionary.read_layout.spans, f"{site} is not read"
-        assert site not in self._values, f"{site} was read before in this pass"
-        self._values[site] = value
-        if self._y_hat is None:
-            self._y_hat = dictionary.b_dec.repeat(value.shape[0], 1)
-        for g, spec in enumerate(dictionary.spec.groups):
-            if site in spec.reads and all(read in self._values for read in spec.reads):
-                bank = dictionary.banks[g]
-                x = torch.cat([self._values[read] for read in spec.reads], 1) if len(spec.reads) > 1 else value
-                self._codes[g] = dictionary.encode_groups([dictionary._centred(x, g)], [g])[0]
-                self._y_hat[:, bank.writes] += bank.contribution(x, self._codes[g])
-
-    def write(self, site: Site) -> Float[Tensor, "token width"]:
-        missing = [
-            spec.name
-            for g, spec in enumerate(self._dictionary.spec.groups)
-            if site in spec.writes and g not in self._codes
-        ]
-        assert not missing, f"{site} is written before groups {missing} have read all their sites"
-        assert self._y_hat is not None, f"{site} is written, but nothing was read"
-        return self._y_hat[:, self._dictionary.write_layout.spans[site]]
-
-    def active(self) -> Codes:
-        n_groups = len(self._dictionary.groups)
-        assert len(self._codes) == n_groups, f"{len(self._codes)} of {n_groups} groups have been encoded"
-        return Codes(tuple(self._codes[g] for g in range(n_groups)))
 
 
 def columns_of(scales: dict[Site, float], layout: Layout) -> Float[Tensor, "width"]:

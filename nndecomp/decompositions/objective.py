@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nndecomp.config.schema import Dead, DecompositionConfig, Penalty, TrainingConfig
 from nndecomp.decompositions import losses
-from nndecomp.decompositions.activation import JumpRelu, Selecting
-from nndecomp.decompositions.codes import Codes, DenseCodes
+from nndecomp.decompositions.activation_base import Selecting
+from nndecomp.decompositions.codes import Codes, Encoding, Scales
 from nndecomp.decompositions.groups import SparseDictionary, columns_of
 from nndecomp.types import Layout, Site
 
@@ -44,7 +44,8 @@ class DictionaryObjective(nn.Module):
         self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64, device=device))
         self._mixed_weights = (cfg.mixed_weights[0], cfg.mixed_weights[1])
         self._tokens_seen = 0  # on the host, so that steps need not wait for the device
-        self._step: tuple[Codes, Tensor, int] | None = None  # codes, which fired, tokens: from loss to after_step
+        # From loss to after_step: codes, the scales they were compared by, which fired, tokens.
+        self._step: tuple[Codes, Scales, Tensor, int] | None = None
         if cfg.unit_norm_decoder:
             self._normalise_decoder()
 
@@ -66,7 +67,8 @@ class DictionaryObjective(nn.Module):
             with torch.no_grad():
                 self.dictionary.b_dec.copy_(y.mean(0))
         self._anneal_k(progress)
-        codes, penalty = self._encode(x)
+        encoding = self.dictionary.encoding(x)
+        codes, penalty = encoding.codes, self._penalty(encoding)
         residual = y - self.dictionary.decode(codes, x)
         fit = losses.reconstruction(residual, y, self.cfg.reconstruction, self.dictionary.write_layout)
         fvu = losses.fvu(residual.detach(), y, self.dictionary.write_layout)
@@ -78,7 +80,7 @@ class DictionaryObjective(nn.Module):
             terms["aux"] = self.cfg.aux_coefficient * aux
         loss = torch.stack(list(terms.values())).sum()
         if self.training:
-            self._step = (codes, codes.fired(), len(rows))
+            self._step = (codes, encoding.scales, codes.fired(), len(rows))
         return loss, {"loss": loss.detach(), "fvu": fvu, **self._metrics(codes), **_detached(terms)}
 
     @torch.no_grad()
@@ -94,11 +96,11 @@ class DictionaryObjective(nn.Module):
     def after_step(self) -> None:
         """Decoder norms, the inference threshold, and liveness, from the batch of the last `loss`."""
         assert self._step is not None, "after_step follows a loss in training mode"
-        codes, fired, n_tokens = self._step
+        codes, scales, fired, n_tokens = self._step
         self._step = None
         if self.cfg.unit_norm_decoder:
             self._normalise_decoder()
-        self.dictionary.activation.after_step(codes)
+        self.dictionary.activation.after_step(codes, scales)
         self.tokens_since_fired += n_tokens
         self.tokens_since_fired.masked_fill_(fired, 0)
         self._tokens_seen += n_tokens
@@ -132,20 +134,17 @@ class DictionaryObjective(nn.Module):
             share = min(1.0, progress / self.cfg.k_anneal)
             activation.k = [round(start + share * (k - start)) for k in self._k]
 
-    def _encode(self, x: Float[Tensor, "token d_reads"]) -> tuple[Codes, Tensor | None]:
-        """Codes, and the penalty without its coefficient."""
-        dictionary, cfg = self.dictionary, self.cfg
-        if cfg.penalty is Penalty.l0:
-            activation = dictionary.activation
-            assert isinstance(activation, JumpRelu), f"penalty l0 with {type(activation).__name__}"
-            pres = dictionary.pre_activations(x)
-            codes = Codes(tuple(DenseCodes(activation(pre, g)) for g, pre in enumerate(pres)))
-            return codes, losses.l0([activation.active(pre, g) for g, pre in enumerate(pres)])
-        codes = dictionary.encode(x)
-        if cfg.penalty is Penalty.none:
-            return codes, None
-        c = [bank.scale(cfg.penalty_normalisation, self._mixed_weights) for bank in dictionary.banks]
-        return codes, losses.penalty(codes, c, cfg.penalty, cfg.penalty_scale)
+    def _penalty(self, encoding: Encoding) -> Tensor | None:
+        """Without its coefficient."""
+        cfg = self.cfg
+        match cfg.penalty:
+            case Penalty.none:
+                return None
+            case Penalty.l0:
+                return losses.l0(self.dictionary.active(encoding))
+            case _:
+                c = [bank.scale(cfg.penalty_normalisation, self._mixed_weights) for bank in self.dictionary.banks]
+                return losses.penalty(encoding.codes, c, cfg.penalty, cfg.penalty_scale)
 
     def _aux_k(self, x: Float[Tensor, "token d_reads"], residual: Float[Tensor, "token d_writes"]) -> Tensor | None:
         """Mean over groups, 0 for those without dead features; None, at no cost, before anything can be dead."""

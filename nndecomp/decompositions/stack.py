@@ -7,7 +7,8 @@ from itertools import chain
 import torch
 
 from nndecomp.config.schema import Scope
-from nndecomp.decompositions.activation import BatchTopK, JumpRelu
+from nndecomp.decompositions.activation_pointwise import JumpRelu
+from nndecomp.decompositions.activation_selecting import BatchTopK
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.spec import DictionarySpec, GroupSpec
 from nndecomp.errors import SettingError

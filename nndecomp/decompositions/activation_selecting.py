@@ -1,0 +1,101 @@
+"""Activation functions that keep the largest entries."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nndecomp.config.schema import Scope
+from nndecomp.decompositions.activation_base import Selecting
+from nndecomp.decompositions.codes import Codes, Scales
+from nndecomp.decompositions.kernels import (
+    Support,
+    batchtopk_support,
+    split_support,
+    threshold_support,
+    topk_support,
+)
+
+
+class TopK(Selecting):
+    """The k largest of each token and group, clipped at 0 (Gao et al. 2024, arXiv 2406.04093, eq. 5).
+
+    With scope `all` the groups of a token share the sum of their k.
+    """
+
+    def __init__(self, k: Sequence[int], scope: Scope) -> None:
+        super().__init__()
+        self.k, self.scope = list(k), scope
+
+    def supports(self, pres: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
+        match self.scope:
+            case Scope.group:
+                return [topk_support(pre, self.k[group]) for pre, group in zip(pres, groups, strict=True)]
+            case Scope.all:
+                assert len(groups) == len(self.k), f"groups {groups} compete with all {len(self.k)}"
+                support = topk_support(torch.cat(list(pres), 1), sum(self.k))
+                return split_support(support, [pre.shape[1] for pre in pres])
+
+    def live_obstacle(self) -> str | None:
+        shared = self.scope is Scope.all and len(self.k) > 1
+        return (
+            "features of all groups compete for the same k, so none is known before the last is read"
+            if shared
+            else None
+        )
+
+
+class BatchTopK(Selecting):
+    """The k * tokens largest of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
+
+    In training each group keeps its k * tokens largest positive entries; with scope `all` the groups share the sum.
+    In evaluation an entry is active if it exceeds a threshold, one a group (or one for all), so that tokens do not
+    depend on their batch: the moving average over training steps of the smallest positive value kept. The average
+    starts at its first value, so it needs no bias correction.
+    """
+
+    def __init__(self, k: Sequence[int], scope: Scope, threshold_rate: float) -> None:
+        super().__init__()
+        self.k, self.scope, self.threshold_rate = list(k), scope, threshold_rate
+        n_thresholds = len(self.k) if scope is Scope.group else 1
+        self.threshold: Tensor
+        self.register_buffer("threshold", torch.full((n_thresholds,), torch.nan))
+
+    def supports(self, pres: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
+        if not self.training:
+            return self._above_threshold(pres, groups)
+        n_tokens = pres[0].shape[0]
+        match self.scope:
+            case Scope.group:
+                return [
+                    batchtopk_support(pre, self.k[group] * n_tokens) for pre, group in zip(pres, groups, strict=True)
+                ]
+            case Scope.all:
+                assert len(groups) == len(self.k), f"groups {groups} compete with all {len(self.k)}"
+                support = batchtopk_support(torch.cat(list(pres), 1), sum(self.k) * n_tokens)
+                return split_support(support, [pre.shape[1] for pre in pres])
+
+    def _above_threshold(self, pres: Sequence[Tensor], groups: Sequence[int]) -> list[Support]:
+        if bool(self.threshold.isnan().any()):
+            raise ValueError(
+                "batchtopk has no inference threshold yet: it is learned in training steps (after_step), "
+                "and evaluating without one would silently be another activation function"
+            )
+        threshold = self.threshold.expand(len(self.k))
+        return [threshold_support(pre, threshold[group]) for pre, group in zip(pres, groups, strict=True)]
+
+    @torch.no_grad()
+    def after_step(self, codes: Codes, scales: Scales) -> None:
+        values = [group.weighted(c).flatten() for group, c in zip(codes, scales, strict=True)]
+        competing = values if self.scope is Scope.group else [torch.cat(values)]
+        smallest = torch.stack([_smallest_positive(v) for v in competing]).to(self.threshold)
+        moved = self.threshold.lerp(smallest, self.threshold_rate)
+        moved = torch.where(self.threshold.isnan(), smallest, moved)
+        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+
+
+def _smallest_positive(values: Float[Tensor, "slot"]) -> Float[Tensor, ""]:
+    """Infinite if there is none."""
+    positive = torch.where(values > 0, values, torch.inf)
+    return torch.cat([positive, positive.new_full((1,), torch.inf)]).amin()

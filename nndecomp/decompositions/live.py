@@ -1,0 +1,52 @@
+"""A dictionary inside one forward pass of the model, site by site."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nndecomp.decompositions.codes import Codes, GroupCodes
+from nndecomp.types import Site
+
+if TYPE_CHECKING:
+    from nndecomp.decompositions.groups import SparseDictionary
+
+
+class DictionaryRun:
+    """A pass in which groups are encoded as soon as the last site they read has arrived, and add to what they write."""
+
+    def __init__(self, dictionary: "SparseDictionary") -> None:
+        self._dictionary = dictionary
+        self._values: dict[Site, Tensor] = {}
+        self._codes: dict[int, GroupCodes] = {}
+        self._y_hat: Tensor | None = None
+
+    def read(self, site: Site, value: Float[Tensor, "token width"]) -> None:
+        dictionary = self._dictionary
+        assert site in dictionary.read_layout.spans, f"{site} is not read"
+        assert site not in self._values, f"{site} was read before in this pass"
+        self._values[site] = value
+        if self._y_hat is None:
+            self._y_hat = dictionary.b_dec.repeat(value.shape[0], 1)
+        for g, spec in enumerate(dictionary.spec.groups):
+            if site in spec.reads and all(read in self._values for read in spec.reads):
+                bank = dictionary.banks[g]
+                x = torch.cat([self._values[read] for read in spec.reads], 1) if len(spec.reads) > 1 else value
+                self._codes[g] = dictionary.encode_groups([dictionary.centred(x, g)], [g]).codes[0]
+                self._y_hat[:, bank.writes] += bank.contribution(x, self._codes[g])
+
+    def write(self, site: Site) -> Float[Tensor, "token width"]:
+        missing = [
+            spec.name
+            for g, spec in enumerate(self._dictionary.spec.groups)
+            if site in spec.writes and g not in self._codes
+        ]
+        assert not missing, f"{site} is written before groups {missing} have read all their sites"
+        assert self._y_hat is not None, f"{site} is written, but nothing was read"
+        return self._y_hat[:, self._dictionary.write_layout.spans[site]]
+
+    def active(self) -> Codes:
+        n_groups = len(self._dictionary.groups)
+        assert len(self._codes) == n_groups, f"{len(self._codes)} of {n_groups} groups have been encoded"
+        return Codes(tuple(self._codes[g] for g in range(n_groups)))
