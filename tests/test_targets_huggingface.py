@@ -312,3 +312,26 @@ def test_an_unsupported_family_is_refused_with_the_supported_ones(tmp_path: Path
     AutoConfig.for_model("bert").save_pretrained(tmp_path)
     with pytest.raises(SettingError, match="type bert; supported are gpt2, gpt_neox, llama"):
         target_shape(huggingface(str(tmp_path)))
+
+
+def test_the_mlp_alone_answers_as_within_the_model(target: Target) -> None:
+    for layer in range(target.shape.n_layers):
+        read, out = Site(layer, Point.mlp_in), Site(layer, Point.mlp_out)
+        recorded = target.record(TOKENS, [read, out])
+        torch.testing.assert_close(target.mlp_of(read, recorded[read].flatten(0, 1)), recorded[out].flatten(0, 1))
+
+
+def test_neurons_are_the_vectors_that_the_mlp_reads_and_writes(target: Target) -> None:
+    site, hidden = Site(1, Point.mlp_in), Site(1, Point.mlp_hidden)
+    recorded, neurons = target.record(TOKENS, [site, hidden]), target.neurons_of(site)
+    pre = recorded[site].flatten(0, 1) @ neurons.read.T + neurons.bias
+    if target.shape.gated:
+        gate = next(m for name, m in target.model.named_modules() if name.endswith("layers.1.mlp.gate_proj"))
+        torch.testing.assert_close(pre, gate(recorded[site].flatten(0, 1)), atol=1e-5, rtol=1e-4)
+    else:
+        values = recorded[hidden].flatten(0, 1)
+        assert ((values > 0) == (pre > 0)).all(), "an activation function keeps the sign"
+        torch.testing.assert_close(values[pre > 4], pre[pre > 4], atol=1e-3, rtol=1e-3)
+    d_mlp = target.shape.d_mlp
+    alone = target.mlp_out_of(1, torch.eye(d_mlp)) - target.mlp_out_of(1, torch.zeros(1, d_mlp))
+    torch.testing.assert_close(neurons.write, alone, atol=1e-5, rtol=1e-4)

@@ -117,3 +117,12 @@ def test_hook_names_of_the_bridge_and_of_hooked_transformer_name_our_sites(bridg
 def test_a_path_that_is_not_there_is_named() -> None:
     with pytest.raises(SettingError, match="target.path=./nowhere"):
         load_target(TargetConfig(kind=TargetKind.transformer_lens, path="./nowhere"), CPU)
+
+
+def test_both_backends_have_the_same_neurons_and_mlps(bridge: Target, plain: Target) -> None:
+    site = Site(1, Point.mlp_in)
+    ours, theirs = plain.neurons_of(site), bridge.neurons_of(site)
+    for name in ("read", "bias", "write"):
+        close(getattr(theirs, name), getattr(ours, name), site)
+    rows = torch.randn(5, plain.shape.d_model)
+    close(bridge.mlp_of(site, rows), plain.mlp_of(site, rows), site)

@@ -72,6 +72,15 @@ class TargetShape:
             raise SettingError(f"{setting} asks for site {site}, but the target has heads 0 to {self.n_heads - 1}")
 
 
+@dataclass(frozen=True)
+class Neurons:
+    """An MLP as vectors: neuron i computes act(read_i . x + bias_i) and adds write_i; of gated ones `read` is the gate's."""
+
+    read: Float[Tensor, "neuron d"]
+    bias: Float[Tensor, "neuron"]
+    write: Float[Tensor, "neuron d"]  # put through the post-norm on its own, where there is one
+
+
 class Target(ABC):
     """A language model in eval mode, its parameters frozen. Padding, if any, stands right of the text."""
 
@@ -104,3 +113,11 @@ class Target(ABC):
     @abstractmethod
     def mlp_out_of(self, layer: int, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows d"]:
         """mlp_out from mlp_hidden by the model's own modules (last linear map, bias, post-norm if any)."""
+
+    def mlp_of(self, site: Site, rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+        """mlp_out from mlp_in, the MLP alone; `site` is the mlp_in. SettingError where a target cannot say."""
+        raise SettingError(f"decomposition.directions=mlp_response needs an MLP at {site}, and {self.name} shows none")
+
+    def neurons_of(self, site: Site) -> Neurons:
+        """The neurons that read `site`, an mlp_in. SettingError where a target cannot say."""
+        raise SettingError(f"decomposition.directions=neurons needs an MLP at {site}, and {self.name} shows none")

@@ -51,6 +51,7 @@ _LLAMA = Wiring.of_blocks(
     attn_tail=("self_attn.o_proj",),
     second_norm="post_attention_layernorm",
     mlp_tail=("mlp.down_proj",),
+    neurons="mlp.gate_proj",
 )
 _GEMMA = Wiring.of_blocks(
     embed="model.embed_tokens",
@@ -59,6 +60,7 @@ _GEMMA = Wiring.of_blocks(
     attn_tail=("self_attn.o_proj", "post_attention_layernorm"),
     second_norm="pre_feedforward_layernorm",
     mlp_tail=("mlp.down_proj", "post_feedforward_layernorm"),
+    neurons="mlp.gate_proj",
 )
 _WIRINGS = {
     "gpt2": Wiring.of_blocks(
@@ -68,6 +70,7 @@ _WIRINGS = {
         attn_tail=("attn.c_proj",),
         second_norm="ln_2",
         mlp_tail=("mlp.c_proj",),
+        neurons="mlp.c_fc",
     ),
     "gpt_neox": Wiring.of_blocks(
         embed="gpt_neox.embed_in",
@@ -76,6 +79,7 @@ _WIRINGS = {
         attn_tail=("attention.dense",),
         second_norm="post_attention_layernorm",
         mlp_tail=("mlp.dense_4h_to_h",),
+        neurons="mlp.dense_h_to_4h",
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,

@@ -16,6 +16,7 @@ _WIRING = Wiring.of_blocks(
     attn_tail=("attn.o_proj",),
     second_norm="rms_2",
     mlp_tail=("mlp.down_proj",),
+    neurons="mlp.c_fc",
 )
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nndecomp.targets.base import Replace, Target, TargetShape
+from nndecomp.targets.base import Neurons, Replace, Target, TargetShape
 from nndecomp.targets.hooks import Side, Tap, record, visiting
 from nndecomp.types import Point, Site
 
@@ -23,6 +24,7 @@ class Wiring:
     blocks: str  # the list of blocks
     points: Mapping[Point, tuple[str, Side]]  # path within a block, "" for the block itself
     mlp_tail: tuple[str, ...]  # the modules, within a block, that make mlp_out from mlp_hidden
+    neurons: str  # the linear map whose activation function says whether a neuron is active: in gated MLPs, the gate
 
     @staticmethod
     def of_blocks(
@@ -33,6 +35,7 @@ class Wiring:
         attn_tail: tuple[str, ...],
         second_norm: str,
         mlp_tail: tuple[str, ...],
+        neurons: str,
     ) -> "Wiring":
         """Blocks of attention, which alone reads the first norm, and then `mlp`; the tails are the modules from z to attn_out, from neurons to mlp_out."""
         return Wiring(
@@ -50,6 +53,7 @@ class Wiring:
                 Point.resid_post: ("", Side.output),
             },
             mlp_tail,
+            neurons,
         )
 
     def without(self, absent: Point) -> "Wiring":
@@ -99,6 +103,32 @@ class ModuleTarget(Target):
             # `forward`, not a call: called from within `patch`, it must not meet the hooks again.
             value = self._module(f"{self.wiring.blocks}.{layer}.{path}").forward(value)
         return value
+
+    def mlp_of(self, site: Site, rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+        value = self._through(site, "mlp", rows)
+        for path in self.wiring.mlp_tail[1:]:  # a post-norm
+            value = self._through(site, path, value)
+        return value
+
+    def neurons_of(self, site: Site) -> Neurons:
+        """Linear maps are asked what they do to unit vectors, so that it does not matter how they store their weights."""
+        assert site.point is Point.mlp_in, f"neurons read mlp_in, not {site}"
+        nothing = torch.zeros(1, self.shape.d_model, device=self.device)
+        bias = self._through(site, self.wiring.neurons, nothing)
+        read = self._through(site, self.wiring.neurons, torch.eye(self.shape.d_model, device=self.device)) - bias
+        silent = torch.zeros(1, self.shape.d_mlp, device=self.device)
+        out, *rest = self.wiring.mlp_tail
+        write = self._through(site, out, torch.eye(self.shape.d_mlp, device=self.device))
+        write = write - self._through(site, out, silent)
+        for path in rest:
+            write = self._through(site, path, write)
+        return Neurons(read.T.float(), bias[0].float(), write.float())
+
+    @torch.no_grad()
+    def _through(self, site: Site, path: str, rows: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_out"]:
+        """A module of the site's block, as in `mlp_out_of`."""
+        module = self._module(f"{self.wiring.blocks}.{site.layer}.{path}")
+        return module.forward(rows.to(next(self.model.parameters()).dtype)[None])[0]
 
     def _checked(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
         n_pos, n_ctx = tokens.shape[1], self.shape.n_ctx

@@ -41,6 +41,7 @@ _WIRING = Wiring(
         Point.resid_post: ("hook_out", Side.output),
     },
     mlp_tail=("mlp.out",),
+    neurons="mlp.in",
 )
 _POST_NORMS = replace(
     _WIRING,
@@ -74,5 +75,6 @@ def load(cfg: TargetConfig, device: torch.device) -> TransformerLensTarget:
             tokenizer=tokenizer,
         )
     wiring = _POST_NORMS if config.model_type in ("gemma2", "gemma3_text") else _WIRING
+    wiring = replace(wiring, neurons="mlp.gate") if shape.gated else wiring
     wiring = wiring if Point.resid_mid in shape.points else wiring.without(Point.resid_mid)
     return TransformerLensTarget(huggingface.target_name(cfg.path), bridge, shape, tokenizer, wiring)
