@@ -8,6 +8,7 @@ from nndecomp.config.checks import require
 
 class TokensKind(Enum):
     stdlib = "stdlib"  # the Python standard library's own source text
+    stdlib_docs = "stdlib_docs"  # its docstrings and the topics of help(): prose
     files = "files"  # local .txt .jsonl .parquet, or a directory or glob of them
     hub = "hub"  # a Hugging Face data set, streamed
 
@@ -20,7 +21,7 @@ class Packing(Enum):
 @dataclass(kw_only=True)
 class TokensConfig:
     kind: TokensKind
-    path: str | None  # files: path or glob; hub: data set id or a local copy; stdlib: null
+    path: str | None  # files: path or glob; hub: data set id or a local copy; stdlib, stdlib_docs: null
     subset: str | None = None  # hub: configuration name
     split: str = "train"
     heldout_split: str | None = None  # null: documents are held out by hash, heldout_fraction of them
@@ -45,6 +46,6 @@ class TokensConfig:
             f"tokens.shuffle_documents={self.shuffle_documents} must be 1 or more",
         )
         require(
-            self.kind is TokensKind.stdlib or bool(self.path),
+            self.kind in (TokensKind.stdlib, TokensKind.stdlib_docs) or bool(self.path),
             f"tokens.path is empty; tokens.kind={self.kind.value} needs a path or a data set id",
         )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nndecomp.config.checks import DType, require
+from nndecomp.config.tokens import TokensConfig
 
 
 class Optimizer(Enum):
@@ -72,7 +73,11 @@ class TrainingConfig:
 
 @dataclass(kw_only=True)
 class PretrainConfig:
-    """A LlamaSimpleMLP to train from nothing, and the tokenizer trained for it."""
+    """A LlamaSimpleMLP to train from nothing, and the tokenizer trained for it; or one to train on."""
+
+    # A LlamaSimpleMLP as target.path names it: training goes on from its weights, with its tokenizer.
+    start: str | None = None
+    start_text: TokensConfig | None = None  # what `start` was trained on: held-out scores on it show what is forgotten
 
     n_layers: int
     d_model: int
@@ -93,6 +98,10 @@ class PretrainConfig:
         require(
             0 < self.n_kv_heads <= self.n_heads and self.n_heads % self.n_kv_heads == 0,
             f"pretrain.n_kv_heads={self.n_kv_heads} must divide pretrain.n_heads={self.n_heads}",
+        )
+        require(
+            self.start_text is None or self.start is not None,
+            "pretrain.start_text is the text of pretrain.start, which is null; name it, or leave both out",
         )
         require(
             self.vocab_size > 257,

@@ -38,6 +38,11 @@ def text_of(cfg: TokensConfig) -> str:
                 f"the Python {platform.python_version()} standard library's own modules, without its tests; "
                 f"{cfg.heldout_fraction:.0%} of the files held out by the hash of their path"
             )
+        case TokensKind.stdlib_docs:
+            return (
+                f"docstrings and help topics of the Python {platform.python_version()} standard library, without its tests; "
+                f"{cfg.heldout_fraction:.0%} of the files held out by the hash of their path"
+            )
         case TokensKind.files:
             return f"{cfg.path}; {held}"
         case TokensKind.hub:
@@ -54,20 +59,39 @@ def recipe_of(cfg: TrainingConfig) -> str:
     )
 
 
+def _start_of(size: PretrainConfig, scores: Mapping[str, float]) -> str:
+    """What was fine-tuned, and what that did to both texts; nothing for a model trained from nothing."""
+    if size.start is None:
+        return ""
+    lines = f"""- **Start**: the weights of `{size.start}`, all of them trained on.
+
+| held-out cross-entropy, nats per token | before | after |
+|---|---|---|
+| the text below | {scores["ce_heldout_before"]:.3f} | {scores["ce_heldout"]:.3f} |
+"""
+    if size.start_text is not None:
+        own = text_of(size.start_text).partition(";")[0]
+        lines += f"| {own} | {scores['ce_start_text_before']:.3f} | {scores['ce_start_text']:.3f} |\n"
+    return f"{lines}\n"
+
+
 def model_card(cfg: RunConfig, size: PretrainConfig, facts: Mapping[str, Any]) -> str:
     """README.md of the target's directory. `facts` are those of facts.json beside it."""
     scores, sample = facts["scores"], facts["sample"]
     singles = "\n".join(
         f"| MLP of layer {layer} | {scores[f'zero_L{layer}.mlp_out']:+.3f} |" for layer in range(size.n_layers)
     )
+    tokenizer = f"byte-level BPE of {size.vocab_size} tokens, trained on the training split alone"
+    if size.start is not None:
+        tokenizer = f"that of `{size.start}`, {size.vocab_size} tokens"
     return f"""# A small language model to be taken apart
 
 A LlamaSimpleMLP: {size.n_layers} layers, d_model {size.d_model}, {size.d_mlp} neurons a layer, {size.n_heads} query heads and {size.n_kv_heads} key heads,
 context {size.n_ctx}, {size.vocab_size} tokens, {facts["n_parameters"]:,} parameters in float32. It is good for nothing but being studied.
 
-- **Text**: {facts["text"]}.
+{_start_of(size, scores)}- **Text**: {facts["text"]}.
 - **Tokens**: {facts["n_tokens"]:,}; the training text was read {facts["n_epochs"]} times in full. Rows of {cfg.tokens.seq_len}, documents joined by `<|endoftext|>`, no BOS.
-- **Tokenizer**: byte-level BPE of {size.vocab_size} tokens, trained on the training split alone.
+- **Tokenizer**: {tokenizer}.
 - **Command**: `{facts["command"]}`
 - **Training**: {facts["recipe"]}, seed {cfg.seed}; {facts["minutes"]} minutes ({facts["device"]}).
 

@@ -11,13 +11,14 @@ from nndecomp.targets.base import Target, TargetShape
 from nndecomp.targets.llama_simple_mlp_target import LlamaSimpleMLPTarget, shape_of
 
 TINY = Path(__file__).parent / "tiny"
+SHIPPED = {"tiny": TINY, "tiny_docs": Path(__file__).parent / "tiny_docs"}
 
 
 def load_target(cfg: TargetConfig, device: torch.device) -> Target:
     """The model in eval mode on `device`, in `cfg.dtype`, its parameters frozen."""
     match cfg.kind:
         case TargetKind.llama_simple_mlp:
-            directory = _directory(cfg, weights=True)
+            directory = directory_of(cfg, weights=True)
             model = llama_simple_mlp.load(directory).to(device, getattr(torch, cfg.dtype.value))
             return LlamaSimpleMLPTarget(directory.name, model, llama_simple_mlp.load_tokenizer(directory))
         case TargetKind.huggingface:
@@ -34,14 +35,14 @@ def target_shape(cfg: TargetConfig) -> TargetShape:
     """Sizes from the configuration file alone."""
     match cfg.kind:
         case TargetKind.llama_simple_mlp:
-            return shape_of(llama_simple_mlp.read_config(_directory(cfg, weights=False)))
+            return shape_of(llama_simple_mlp.read_config(directory_of(cfg, weights=False)))
         case TargetKind.huggingface | TargetKind.transformer_lens:
             from nndecomp.targets import huggingface
 
             return huggingface.shape_of(huggingface.read_config(cfg))
 
 
-def _directory(cfg: TargetConfig, weights: bool) -> Path:
+def directory_of(cfg: TargetConfig, weights: bool) -> Path:
     """Where a LlamaSimpleMLP lies; files of a wandb run are fetched first."""
     if cfg.revision is not None:
         raise SettingError(
@@ -49,9 +50,9 @@ def _directory(cfg: TargetConfig, weights: bool) -> Path:
         )
     if cfg.path.startswith(wandb_runs.PREFIX):
         return wandb_runs.fetch(cfg.path, weights)
-    directory = TINY if cfg.path == "tiny" else Path(cfg.path).expanduser().resolve()
+    directory = SHIPPED.get(cfg.path) or Path(cfg.path).expanduser().resolve()
     if not directory.is_dir():
         raise SettingError(
-            f"target.path={cfg.path} is not there; write tiny, an existing directory, or wandb:<entity>/<project>/<run>"
+            f"target.path={cfg.path} is not there; write {', '.join(SHIPPED)}, an existing directory, or wandb:<entity>/<project>/<run>"
         )
     return directory

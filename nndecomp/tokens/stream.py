@@ -13,6 +13,7 @@ from nndecomp.tokens.documents import Document, files_documents, stdlib_document
 from nndecomp.tokens.encoding import Encoding
 from nndecomp.tokens.hub import hub_reader
 from nndecomp.tokens.readers import IndexedReader, Reader
+from nndecomp.tokens.stdlib_docs import stdlib_docs_documents
 
 # Rows are dealt from this many documents in turn, so that a batch holds many documents, not many pieces of one.
 N_LANES = 32
@@ -95,6 +96,8 @@ def open_reader(cfg: TokensConfig, *, heldout: bool, seed: int, rank: int = 0, w
     match cfg.kind:
         case TokensKind.stdlib:
             documents = stdlib_documents()
+        case TokensKind.stdlib_docs:
+            documents = stdlib_docs_documents()
         case TokensKind.files:
             documents = files_documents(cfg)
         case TokensKind.hub:
