@@ -76,8 +76,8 @@ def load_decomposition(source: str | Path, name: str | None = None, device: str 
 
 def neurons(target: Target, k: int) -> NeuronBaseline:
     """The baseline: of every MLP's neurons, each token keeps the k largest."""
-    n_layers = target.shape.n_layers
-    require(0 < k <= target.shape.d_mlp, f"k={k} is not between 1 and the {target.shape.d_mlp} neurons of an MLP")
+    n_layers, d_mlp = target.shape.of(None).n_layers, target.shape.of(None).d_mlp
+    require(0 < k <= d_mlp, f"k={k} is not between 1 and the {d_mlp} neurons of an MLP")
     return NeuronBaseline(target, range(n_layers), [k] * n_layers).eval()
 
 

@@ -121,7 +121,7 @@ def test_a_live_stream_and_a_store_serve_the_same_rows(tmp_path: Path, dtype: DT
     source = source_of(dtype)
     target = TargetConfig(kind=TargetKind.llama_simple_mlp, path="llama")
     tokens = TokensConfig(kind=TokensKind.files, path="counting", seq_len=16)
-    named = row_settings(target, tokens, source.cfg, source.target.tokenizer)
+    named = row_settings(target, None, tokens, source.cfg, source.target.tokenizer)
     write_store(source, tmp_path, named, n_rows=n_rows, seed=0, shard_rows=256)
     store = open_store(tmp_path, SITES, named)
     store.check_target(llama())

@@ -28,7 +28,7 @@ SITES = (READ, WRITE)
 def settings_of(writer: Any, **tokens: Any) -> Settings:
     target = TargetConfig(kind=TargetKind.llama_simple_mlp, path="token-ids")
     text = TokensConfig(**{"kind": TokensKind.files, "path": "counting", "seq_len": 8} | tokens)
-    return row_settings(target, text, writer.cfg, writer.target.tokenizer)
+    return row_settings(target, None, text, writer.cfg, writer.target.tokenizer)
 
 
 def written(directory: Path, n_rows: int = N_ROWS, **changes: Any) -> Path:

@@ -28,7 +28,7 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
 
     target = build.target(cfg)
     parts, seeds = collected(build.check_runs(cfg))
-    whole = {name: together(name, each, target.shape.n_layers) for name, each in parts.items()}
+    whole = {name: together(name, each, target.shape.of(None).n_layers) for name, each in parts.items()}
     replacements = {name: [each.to(target.device)] for name, each in (whole | build.baselines(cfg, target)).items()}
 
     rows = build.measured(cfg, target, replacements, out.name, seeds)

@@ -29,7 +29,7 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     target = build.target(cfg)
     groups = [group for each in build.decompositions(cfg).values() for group in wire(each, target.shape).groups]
     harvester = build.harvester(cfg, target, sorted({site for g in groups for site in (*g.reads, *g.writes)}))
-    settings = row_settings(cfg.target, cfg.tokens, cfg.activations, target.tokenizer)
+    settings = row_settings(cfg.target, cfg.paired_target, cfg.tokens, cfg.activations, target.tokenizer)
     n_rows = cfg.training.n_tokens
     with Progress("store", n_rows, 0) as bar:
         write_store(

@@ -29,7 +29,11 @@ Settings = dict[str, str | int | float | bool | None]
 
 
 def row_settings(
-    target: TargetConfig, tokens: TokensConfig, activations: ActivationsConfig, tokenizer: Any
+    target: TargetConfig,
+    paired_target: TargetConfig | None,
+    tokens: TokensConfig,
+    activations: ActivationsConfig,
+    tokenizer: Any,
 ) -> Settings:
     """The settings that decide what a row is, by the names under which a user sets them, and the vocabulary's digest.
 
@@ -37,6 +41,8 @@ def row_settings(
     """
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     named = {f"target.{key}": value for key, value in asdict(target).items()}
+    if paired_target is not None:
+        named |= {f"paired_target.{key}": value for key, value in asdict(paired_target).items()}
     named |= {f"tokens.{key}": value for key, value in asdict(tokens).items()}
     named |= {f"activations.{key}": getattr(activations, key) for key in ("dtype", "drop_bos", "drop_first")}
     settings = {key: value.value if isinstance(value, Enum) else value for key, value in named.items()}

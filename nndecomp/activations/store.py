@@ -92,11 +92,14 @@ class Store:
         here = torch.cat([recorded[site][0, keep] for site in self.layout.sites], dim=-1).double().cpu()[: self.n_rows]
         there = self.rows(0, len(here)).double()
         error = ((here - there).norm() / there.norm()).item() if len(here) else 0.0
-        exact = self.dtype is torch.float32 and self.manifest.settings["target.dtype"] == "float32"
+        settings = self.manifest.settings
+        dtypes = {value for key, value in settings.items() if key in ("target.dtype", "paired_target.dtype")}
+        paths = [f"{key}={settings[key]}" for key in ("target.path", "paired_target.path") if key in settings]
+        exact = self.dtype is torch.float32 and dtypes == {"float32"}
         require(
             error < (0.01 if exact else 0.05),
-            f"activations.store={self.directory} holds activations of other weights than target.path="
-            f"{self.manifest.settings['target.path']} has now (they differ by {error:.1%}); write the store again",
+            f"activations.store={self.directory} holds activations of other weights than "
+            f"{' and '.join(paths)} {'have' if len(paths) > 1 else 'has'} now (they differ by {error:.1%}); write the store again",
         )
 
 

@@ -16,6 +16,7 @@ from nndecomp.config.schema import (
 )
 from nndecomp.targets.base import Target
 from nndecomp.targets.load import load_target
+from nndecomp.targets.pair import load_pair
 from nndecomp.tokens import open_tokens
 from nndecomp.types import Site
 
@@ -26,7 +27,10 @@ from nndecomp.build.settings import device
 
 
 def target(cfg: RunConfig) -> Target:
-    return load_target(cfg.target, device(cfg))
+    """The model under study, or both of them."""
+    if cfg.paired_target is None:
+        return load_target(cfg.target, device(cfg))
+    return load_pair(cfg.target, cfg.paired_target, device(cfg))
 
 
 def harvester(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> Harvester:
@@ -47,7 +51,7 @@ def stream(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> RowStream:
 
 def store(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> Store:
     """The store of `activations`, refused if it holds rows of another model, text or other sites."""
-    settings = row_settings(cfg.target, cfg.tokens, cfg.activations, target.tokenizer)
+    settings = row_settings(cfg.target, cfg.paired_target, cfg.tokens, cfg.activations, target.tokenizer)
     opened = open_store(Path(str(cfg.activations.store)), sites, settings)
     opened.check_target(target)
     if cfg.activations.verify:

@@ -17,11 +17,13 @@ from nndecomp.config.schema import (
     Decoder,
     DecompositionConfig,
     RunConfig,
+    TargetConfig,
     require,
 )
 from nndecomp.decompositions.wiring import wire
-from nndecomp.targets.base import TargetShape
+from nndecomp.targets.base import Shape
 from nndecomp.targets.load import target_shape
+from nndecomp.targets.pair import paired_shape
 from nndecomp.training.log import check_log
 from nndecomp.types import Site
 
@@ -84,7 +86,7 @@ def check(cfg: RunConfig, trains: bool = False) -> None:
     check_log(cfg.log)
     if cfg.pretrain is not None:
         return  # the target is made by the run
-    shape = target_shape(cfg.target)
+    shape = shape_of_target(cfg)
     check_length(cfg, shape)
     check_positions(cfg.activations, cfg.tokens.seq_len)
     if trains:
@@ -96,13 +98,18 @@ def check(cfg: RunConfig, trains: bool = False) -> None:
         open_store(Path(cfg.activations.store), sites)
 
 
-def decomposed_sites(cfg: RunConfig, shape: TargetShape) -> list[Site]:
+def shape_of_target(cfg: RunConfig) -> Shape:
+    """Sizes of the model under study, or of both."""
+    return target_shape(cfg.target) if cfg.paired_target is None else paired_shape(cfg.target, cfg.paired_target)
+
+
+def decomposed_sites(cfg: RunConfig, shape: Shape) -> list[Site]:
     """Every site that a decomposition of the run reads or writes; SettingError if the target has no such site."""
     groups = [group for each in decompositions(cfg).values() for group in wire(each, shape).groups]
     return sorted({site for group in groups for site in (*group.reads, *group.writes)})
 
 
-def check_length(cfg: RunConfig, shape: TargetShape) -> None:
+def check_length(cfg: RunConfig, shape: Shape) -> None:
     require(
         cfg.tokens.seq_len <= shape.n_ctx,
         f"tokens.seq_len={cfg.tokens.seq_len} is more than the {shape.n_ctx} tokens the target takes in",
@@ -115,13 +122,22 @@ def check_runs(cfg: RunConfig) -> list[Path]:
 
     runs = find_runs([Path(run) for run in cfg.runs])
     for run in runs:
-        theirs = load(run / "config.yaml").target
-        require(
-            theirs == cfg.target,
-            f"runs: {run} is of target.path={theirs.path} (revision {theirs.revision}, {theirs.dtype.value}), "
-            f"but this run has target.path={cfg.target.path} (revision {cfg.target.revision}, {cfg.target.dtype.value})",
-        )
+        there = load(run / "config.yaml")
+        for setting, theirs, ours in (
+            ("target", there.target, cfg.target),
+            ("paired_target", there.paired_target, cfg.paired_target),
+        ):
+            require(
+                theirs == ours,
+                f"runs: {run} is of {_named(setting, theirs)}, but this run has {_named(setting, ours)}",
+            )
     return runs
+
+
+def _named(setting: str, target: TargetConfig | None) -> str:
+    if target is None:
+        return f"no {setting}"
+    return f"{setting}.path={target.path} (revision {target.revision}, {target.dtype.value})"
 
 
 def trainable(cfg: RunConfig) -> dict[str, DecompositionConfig]:

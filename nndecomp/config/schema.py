@@ -82,6 +82,8 @@ class RunConfig:
     threads: int | None = None  # CPU threads of one process; null: torch's own choice
     allow_dirty: bool = False  # on SLURM: run code that is not committed
     target: TargetConfig
+    # A second model on the same tokens, e.g. `+target@paired_target=tiny_docs`: sites then begin with A: (target) or B:.
+    paired_target: TargetConfig | None = None
     tokens: TokensConfig
     activations: ActivationsConfig
     decomposition: DecompositionConfig

@@ -6,7 +6,7 @@ from nndecomp.config.schema import Architecture, DecompositionConfig
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.spec import ActivationSpec, DictionarySpec
 from nndecomp.decompositions.wiring import wire
-from nndecomp.targets.base import TargetShape
+from nndecomp.targets.base import Shape
 
 _NO_DICTIONARY = (Architecture.neurons, Architecture.molt, Architecture.lorsa)
 _START_TIED = (
@@ -15,7 +15,7 @@ _START_TIED = (
 )
 
 
-def dictionary_spec(cfg: DecompositionConfig, shape: TargetShape, target: str) -> DictionarySpec:
+def dictionary_spec(cfg: DecompositionConfig, shape: Shape, target: str) -> DictionarySpec:
     """What `build_dictionary` builds; raises SettingError as `wire` does."""
     assert cfg.architecture not in _NO_DICTIONARY, f"{cfg.architecture.value} is not a list of groups"
     wiring = wire(cfg, shape)
@@ -43,7 +43,7 @@ def dictionary_spec(cfg: DecompositionConfig, shape: TargetShape, target: str) -
 
 
 def build_dictionary(
-    cfg: DecompositionConfig, shape: TargetShape, seed: int, device: torch.device, target: str
+    cfg: DecompositionConfig, shape: Shape, seed: int, device: torch.device, target: str
 ) -> SparseDictionary:
     """An initialised dictionary, to be trained. `target` is the name of the model it will be trained on.
 

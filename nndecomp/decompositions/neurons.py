@@ -29,7 +29,8 @@ class NeuronBaseline(Decomposition):
 
     def __init__(self, target: Target, layers: Sequence[int], k: Sequence[int]) -> None:
         super().__init__()
-        d_model, d_mlp, d_read = target.shape.d_model, target.shape.d_mlp, target.shape.d_read_neuron
+        shape = target.shape.of(None)
+        d_model, d_mlp, d_read = shape.d_model, shape.d_mlp, shape.d_read_neuron
         assert len(layers) == len(k), f"{len(k)} values of k for {len(layers)} layers"
         assert all(0 < each <= d_mlp for each in k), f"k={list(k)} of {d_mlp} neurons"
         self.eval()  # there is nothing to train

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from nndecomp.config.schema import Architecture, CodeNormalisation, DecompositionConfig, require
 from nndecomp.decompositions.spec import GroupSpec
 from nndecomp.errors import SettingError
-from nndecomp.targets.base import TargetShape
+from nndecomp.targets.base import Shape, TargetShape
 from nndecomp.types import Point, Site
 
 _SAES = (Architecture.sae, Architecture.per_layer_sae)
@@ -41,7 +41,7 @@ class Wiring:
     widths: dict[Site, int]
 
 
-def wire(cfg: DecompositionConfig, shape: TargetShape) -> Wiring:
+def wire(cfg: DecompositionConfig, shape: Shape) -> Wiring:
     """The groups of an architecture on a target of this shape.
 
     Raises SettingError for layers, sites or lists of k that do not fit the architecture or the target.
@@ -53,7 +53,7 @@ def wire(cfg: DecompositionConfig, shape: TargetShape) -> Wiring:
 
 
 def _groups(
-    cfg: DecompositionConfig, shape: TargetShape, reads: tuple[Site, ...], writes: tuple[Site, ...]
+    cfg: DecompositionConfig, shape: Shape, reads: tuple[Site, ...], writes: tuple[Site, ...]
 ) -> tuple[GroupSpec, ...]:
     n = cfg.n_features
     match cfg.architecture:
@@ -144,7 +144,7 @@ def _check_sites(cfg: DecompositionConfig, reads: tuple[Site, ...], writes: tupl
         _require_neurons(reads, writes)
 
 
-def _sites(setting: str, names: Sequence[str], cfg: DecompositionConfig, shape: TargetShape) -> tuple[Site, ...]:
+def _sites(setting: str, names: Sequence[str], cfg: DecompositionConfig, shape: Shape) -> tuple[Site, ...]:
     """Points expanded over layers, single sites as they are; in model order, each checked and named once."""
     require(bool(names), f"decomposition.{setting} is empty; name a point such as mlp_in or a site such as L3.mlp_in")
     sites = []

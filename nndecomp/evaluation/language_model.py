@@ -28,7 +28,7 @@ def ablated_cross_entropy(target: Target, batch: TokenBatch, layers: Sequence[in
 def target_scores(target: Target, heldout: TokenBatch, batch_seqs: int) -> dict[str, float]:
     """Held-out cross-entropy, and what zero-ablation adds to it: of all MLPs, and of each alone; nats."""
     ce = cross_entropy(target.logits, heldout, batch_seqs)
-    layers = range(target.shape.n_layers)
+    layers = range(target.shape.of(None).n_layers)
     ablated = {
         f"zero_{Site(i, Point.mlp_out)}": ablated_cross_entropy(target, heldout, [i], batch_seqs) for i in layers
     }

@@ -18,8 +18,31 @@ from nndecomp.types import Point, Site
 Replace = Callable[[Tensor], Tensor | None]
 
 
+class Shape(ABC):
+    """Sizes of what is under study: of one model (`TargetShape`), or of two side by side (`targets.pair.PairedShape`)."""
+
+    n_ctx: int  # tokens it takes in
+
+    @property
+    @abstractmethod
+    def models(self) -> tuple[str | None, ...]:
+        """The names by which sites say which model they are in; (None,) where there is one."""
+
+    @abstractmethod
+    def of(self, model: str | None) -> "TargetShape":
+        """The shape of one of the models; SettingError for a name that is none of theirs."""
+
+    def width(self, site: Site) -> int:
+        """Coordinates of the activation at `site`."""
+        return self.of(site.model).width(site)
+
+    def check(self, site: Site, setting: str) -> None:
+        """Refuse a site that is not there, naming the setting that asked for it."""
+        self.of(site.model).check(site, setting)
+
+
 @dataclass(frozen=True)
-class TargetShape:
+class TargetShape(Shape):
     """Sizes known from a model's configuration alone, before any weight is loaded."""
 
     n_layers: int
@@ -38,7 +61,6 @@ class TargetShape:
         return 2 * self.d_model if self.gated else self.d_model
 
     def width(self, site: Site) -> int:
-        """Coordinates of the activation at `site`."""
         match site.point:
             case Point.mlp_hidden:
                 return self.d_mlp
@@ -48,18 +70,15 @@ class TargetShape:
                 return self.d_model
 
     def of(self, model: str | None) -> "TargetShape":
-        """The shape of one of the models under study; `nndecomp.targets.pair` has the one of two."""
         if model is not None:
             raise SettingError(f"a site begins with {model}: but there is one target; write paired_target for a second")
         return self
 
     @property
     def models(self) -> tuple[str | None, ...]:
-        """The names by which sites say which model they are in."""
         return (None,)
 
     def check(self, site: Site, setting: str) -> None:
-        """Refuse a site that this model does not have, naming the setting that asked for it."""
         self.of(site.model)
         if site.layer >= self.n_layers:
             raise SettingError(f"{setting} asks for site {site}, but the target has layers 0 to {self.n_layers - 1}")
@@ -82,12 +101,21 @@ class Neurons:
 
 
 class Target(ABC):
-    """A language model in eval mode, its parameters frozen. Padding, if any, stands right of the text."""
+    """A language model in eval mode, its parameters frozen. Padding, if any, stands right of the text.
+
+    Two models side by side are a target too (`targets.pair.PairedTarget`): sites say which of them they are in, and
+    `predicting` says whose logits are asked for.
+    """
 
     name: str  # as a reader would recognise it in a table
-    shape: TargetShape
+    shape: Shape
     tokenizer: Any  # a transformers PreTrainedTokenizerBase
     device: torch.device
+
+    def predicting(self, model: str | None) -> "Target":
+        """The same target with `logits` of the model named: of one model, itself."""
+        assert model is None, f"there is one target, and none called {model}"
+        return self
 
     @abstractmethod
     def record(

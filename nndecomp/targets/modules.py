@@ -97,7 +97,7 @@ class ModuleTarget(Target):
         return self._logits(self._checked(tokens))
 
     def mlp_out_of(self, layer: int, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows d"]:
-        assert 0 <= layer < self.shape.n_layers, f"layer {layer} of {self.shape.n_layers}"
+        assert 0 <= layer < self.shape.of(None).n_layers, f"layer {layer} of {self.shape.of(None).n_layers}"
         value = hidden.to(next(self.model.parameters()).dtype)
         for path in self.wiring.mlp_tail:
             # `forward`, not a call: called from within `patch`, it must not meet the hooks again.
@@ -144,6 +144,6 @@ class ModuleTarget(Target):
             return Tap(self._module(self.wiring.embed), Side.output)
         path, side = self.wiring.points[site.point]
         module = self._module(f"{self.wiring.blocks}.{site.layer}.{path}")
-        d_head = self.shape.d_head
+        d_head = self.shape.of(None).d_head
         columns = None if site.head is None else slice(site.head * d_head, (site.head + 1) * d_head)
         return Tap(module, side, columns)
