@@ -3,7 +3,7 @@
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nndecomp.config.schema import require
@@ -35,8 +35,8 @@ def check_capacity(capacity: int, batch_tokens: int, rows_at_most: int) -> None:
     )
 
 
-class ShuffleBuffer:
-    """`capacity` rows in one tensor, of which random ones are served and steadily replaced by fresh ones.
+class SlotOrder:
+    """Which slots of a buffer are served next, and which are filled anew.
 
     `order` lists all slots in three parts:
 
@@ -44,42 +44,35 @@ class ShuffleBuffer:
         order[filled:cursor]    served, free to be filled
         order[cursor:]          to be served, in random order
 
-    A batch is order[cursor : cursor + batch_tokens]. As soon as the free slots can hold one batch of the source, one is
-    fetched, so refilling is spread evenly over the batches. When less than half would be left to serve, a new order is
-    drawn over all rows held, old and fresh together: a row stays for a geometrically distributed number of draws,
-    so rows mix across refills. The cost of a draw is O(1) a row.
-
-    Raises SettingError if the buffer cannot hold a batch to serve beside a batch of the source.
+    When less than half would be left to serve, a new order is drawn over all that is held, old and fresh together: what
+    is held stays for a geometrically distributed number of draws, so it mixes across refills. The cost of a draw is
+    O(1) a slot.
     """
 
-    def __init__(self, source: RowSource, capacity: int, batch_tokens: int, seed: int) -> None:
-        check_capacity(capacity, batch_tokens, source.rows_at_most)
-        self.source, self.layout, self.batch_tokens = source, source.layout, batch_tokens
-        self.rows = torch.zeros(capacity, source.layout.width, dtype=source.dtype, device=source.device)
+    def __init__(self, capacity: int, seed: int) -> None:
         self.order = torch.arange(capacity)
         self.filled, self.cursor = 0, capacity  # all free
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
-    def capacity(self) -> int:
-        return len(self.rows)
+    def free(self) -> int:
+        return self.cursor - self.filled
 
-    def next_batch(self) -> Float[Tensor, "token width"]:
-        """`batch_tokens` rows, in fp32."""
-        while self.cursor - self.filled >= self.source.rows_at_most:
-            self._refill()
-        if self.capacity - self.cursor - self.batch_tokens < self.capacity // 2:
+    def fill(self, n: int) -> Int[Tensor, " slot"]:
+        """n free slots, which then wait for the next draw."""
+        assert n <= self.free, f"{n} slots to fill, {self.free} free"
+        self.filled += n
+        return self.order[self.filled - n : self.filled]
+
+    def serve(self, n: int) -> Int[Tensor, " slot"]:
+        """The next n slots in random order, which then are free."""
+        capacity = len(self.order)
+        if capacity - self.cursor - n < capacity // 2:
             self._draw()
-        slots = self.order[self.cursor : self.cursor + self.batch_tokens]
-        assert len(slots) == self.batch_tokens, f"{len(slots)} rows left to serve, {self.batch_tokens} wanted"
-        self.cursor += self.batch_tokens
-        return self.rows.index_select(0, slots.to(self.rows.device, non_blocking=True)).float()
-
-    def _refill(self) -> None:
-        fresh = self.source.next_rows()
-        slots = self.order[self.filled : self.filled + len(fresh)]
-        self.rows.index_copy_(0, slots.to(self.rows.device, non_blocking=True), fresh)
-        self.filled += len(fresh)
+        slots = self.order[self.cursor : self.cursor + n]
+        assert len(slots) == n, f"{len(slots)} slots left to serve, {n} wanted"
+        self.cursor += n
+        return slots
 
     def _draw(self) -> None:
         free = self.order[self.filled : self.cursor]
@@ -89,15 +82,46 @@ class ShuffleBuffer:
         self.filled, self.cursor = 0, len(free)
 
     def state_dict(self) -> dict[str, Any]:
+        generator = self.generator.get_state()
+        return {"order": self.order, "filled": self.filled, "cursor": self.cursor, "generator": generator}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order = state["order"].clone()
+        self.filled, self.cursor = state["filled"], state["cursor"]
+        self.generator.set_state(state["generator"])
+
+
+class ShuffleBuffer:
+    """`capacity` rows in one tensor, of which random ones are served and steadily replaced by fresh ones.
+
+    As soon as the free slots can hold one batch of the source, one is fetched, so refilling is spread evenly over the
+    batches.
+
+    Raises SettingError if the buffer cannot hold a batch to serve beside a batch of the source.
+    """
+
+    def __init__(self, source: RowSource, capacity: int, batch_tokens: int, seed: int) -> None:
+        check_capacity(capacity, batch_tokens, source.rows_at_most)
+        self.source, self.layout, self.batch_tokens = source, source.layout, batch_tokens
+        self.rows = torch.zeros(capacity, source.layout.width, dtype=source.dtype, device=source.device)
+        self.slots = SlotOrder(capacity, seed)
+
+    @property
+    def capacity(self) -> int:
+        return len(self.rows)
+
+    def next_batch(self) -> Float[Tensor, "token width"]:
+        """`batch_tokens` rows, in fp32."""
+        while self.slots.free >= self.source.rows_at_most:
+            fresh = self.source.next_rows()
+            slots = self.slots.fill(len(fresh))
+            self.rows.index_copy_(0, slots.to(self.rows.device, non_blocking=True), fresh)
+        slots = self.slots.serve(self.batch_tokens)
+        return self.rows.index_select(0, slots.to(self.rows.device, non_blocking=True)).float()
+
+    def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next batches. Tensors are the buffer's own: save them before the next batch."""
-        return {
-            "source": self.source.state_dict(),
-            "rows": self.rows,
-            "order": self.order,
-            "filled": self.filled,
-            "cursor": self.cursor,
-            "generator": self.generator.get_state(),
-        }
+        return {"source": self.source.state_dict(), "rows": self.rows, **self.slots.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         rows = state["rows"]
@@ -106,6 +130,4 @@ class ShuffleBuffer:
         )
         self.source.load_state_dict(state["source"])
         self.rows.copy_(rows)
-        self.order = state["order"].clone()
-        self.filled, self.cursor = state["filled"], state["cursor"]
-        self.generator.set_state(state["generator"])
+        self.slots.load_state_dict(state)

@@ -65,10 +65,7 @@ class Harvester:
 
     def next_rows(self) -> Float[Tensor, "token width"]:
         """The rows of the next batch of sequences, in `cfg.dtype`, on the target's device."""
-        batch = self.tokens.next_batch(self.cfg.batch_seqs)
-        assert batch.tokens.shape == (self.cfg.batch_seqs, self.seq_len), (
-            f"the token stream gave {tuple(batch.tokens.shape)}, not {(self.cfg.batch_seqs, self.seq_len)}"
-        )
+        batch = self._next_tokens()
         # The mask is read where the tokens are (the CPU), so that a GPU is never waited for.
         keep = kept(batch, self.cfg).flatten()
         index = keep.nonzero().squeeze(1)
@@ -76,7 +73,7 @@ class Harvester:
         index = index.to(self.device, non_blocking=True)
         rows = torch.empty(len(index), self.layout.width, dtype=self.dtype, device=self.device)
         with torch.inference_mode():
-            recorded = self.target.record(batch.tokens.to(self.device, non_blocking=True), self.layout.sites)
+            recorded = self._recorded(batch)
             for site, span in self.layout.spans.items():
                 values = recorded.pop(site).flatten(0, 1)
                 if everything:
@@ -86,6 +83,26 @@ class Harvester:
                 else:
                     rows[:, span].copy_(values.index_select(0, index))
         return rows
+
+    def next_sequences(self) -> tuple[Float[Tensor, "batch pos width"], Bool[Tensor, "batch pos"]]:
+        """The next batch of whole sequences, and which of their positions count (on the CPU)."""
+        batch = self._next_tokens()
+        values = torch.empty(*batch.tokens.shape, self.layout.width, dtype=self.dtype, device=self.device)
+        with torch.inference_mode():
+            recorded = self._recorded(batch)
+            for site, span in self.layout.spans.items():
+                values[..., span].copy_(recorded.pop(site))
+        return values, kept(batch, self.cfg)
+
+    def _next_tokens(self) -> TokenBatch:
+        batch = self.tokens.next_batch(self.cfg.batch_seqs)
+        assert batch.tokens.shape == (self.cfg.batch_seqs, self.seq_len), (
+            f"the token stream gave {tuple(batch.tokens.shape)}, not {(self.cfg.batch_seqs, self.seq_len)}"
+        )
+        return batch
+
+    def _recorded(self, batch: TokenBatch) -> dict[Site, Tensor]:
+        return self.target.record(batch.tokens.to(self.device, non_blocking=True), self.layout.sites)
 
     def state_dict(self) -> dict[str, Any]:
         return self.tokens.state_dict()
