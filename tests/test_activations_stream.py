@@ -56,7 +56,8 @@ def buffer(capacity: int = 200, batch_tokens: int = 20, seed: int = 0, **source:
 def test_every_row_is_served_exactly_once() -> None:
     shuffled = buffer(tokens=Counting(padded=True, bos=True), drop_bos=True)
     served = [i for _ in range(500) for i in ids(shuffled.next_batch())]
-    free = shuffled.order[shuffled.filled : shuffled.cursor].tolist()
+    slots = shuffled.slots
+    free = slots.order[slots.filled : slots.cursor].tolist()
     waiting = [id for slot, id in enumerate(ids(shuffled.rows)) if slot not in free]
     replay = harvester(Counting(padded=True, bos=True), drop_bos=True)
     harvested = [i for _ in range(shuffled.source.tokens.n_read // 2) for i in ids(replay.next_rows())]  # pyright: ignore

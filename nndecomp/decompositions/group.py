@@ -11,7 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nndecomp.config.schema import CodeNormalisation
+from nndecomp.decompositions import kernels
+from nndecomp.decompositions.base import GroupCost
 from nndecomp.decompositions.codes import GroupCodes
+from nndecomp.decompositions.kernels import Support
 from nndecomp.decompositions.normalisation import decoder_scale
 from nndecomp.decompositions.spec import GroupSpec
 from nndecomp.types import Layout, Site
@@ -46,19 +49,22 @@ class Group(nn.Module):
         self.reads = _span(read_layout, spec.reads, spec.name)
         self.writes = _span(write_layout, spec.writes, spec.name)
         self.write_widths = tuple(write_layout.width_of(site) for site in spec.writes)
-        d_read = self.reads.stop - self.reads.start
-        d_write = self.writes.stop - self.writes.start
+        self.n_features = spec.n_features
+        self.d_read = self.reads.stop - self.reads.start
+        self.d_write = self.writes.stop - self.writes.start
         if of is None:
-            self.encoder = LinearEncoder(d_read, spec.n_features)
+            self.encoder = self.make_encoder(spec)
         else:
             # Borrowed: its weights are the other group's, and stand in the state_dict once.
             self.__dict__["encoder"] = of.encoder
-        self.W_dec = nn.Parameter(torch.zeros(spec.n_features, d_write))
-        self.W_skip = nn.Parameter(torch.zeros(d_read, d_write)) if skip else None
+        self.make_decoder(spec)
+        self.W_skip = nn.Parameter(torch.zeros(self.d_read, self.d_write)) if skip else None
 
-    @property
-    def n_features(self) -> int:
-        return self.W_dec.shape[0]
+    def make_encoder(self, spec: GroupSpec) -> LinearEncoder:
+        return LinearEncoder(self.d_read, spec.n_features)
+
+    def make_decoder(self, spec: GroupSpec) -> None:
+        self.W_dec = nn.Parameter(torch.zeros(spec.n_features, self.d_write))
 
     @property
     def has_own_encoder(self) -> bool:
@@ -79,7 +85,31 @@ class Group(nn.Module):
     def pre_activations(self, x: Float[Tensor, "token d_read"]) -> Float[Tensor, "token feature"]:
         return self.encoder(x)
 
+    def active_pre(
+        self, x: Float[Tensor, "token d_read"], pre: Float[Tensor, "token feature"], support: Support
+    ) -> Float[Tensor, "slot"]:
+        """The pre-activations at the support, differentiable; `pre` carries no gradient."""
+        return kernels.active_pre(x, self.W_enc, self.b_enc, pre, support)
+
     def contribution(self, x: Float[Tensor, "token d_read"], codes: GroupCodes) -> Float[Tensor, "token d_write"]:
         """What the group adds to its write span; x is what it reads, not centred."""
         features = codes.decode(self.W_dec)
         return features if self.W_skip is None else features + x @ self.W_skip
+
+    def cost(self, spec: GroupSpec) -> GroupCost:
+        return GroupCost(
+            name=self.name,
+            n_components=self.n_features,
+            parameters=self.d_read + self.d_write,
+            n_writes=len(spec.writes),
+            gate_parameters=self.W_enc.numel() if spec.encoder is None else 0,
+            linear_parameters=0 if self.W_skip is None else self.W_skip.numel(),
+        )
+
+    def fold(self, s_read: Float[Tensor, "d_read"], s_write: Float[Tensor, "d_write"]) -> None:
+        """From activations divided by these scales to raw ones; pre-activations stay what they were."""
+        if self.has_own_encoder:
+            self.W_enc.div_(s_read)
+        self.W_dec.mul_(s_write)
+        if self.W_skip is not None:
+            self.W_skip.mul_(s_write / s_read[:, None])

@@ -19,11 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nndecomp.decompositions import kernels
 from nndecomp.decompositions.activation import make_activation
 from nndecomp.decompositions.activation_base import Pointwise, Selecting
 from nndecomp.decompositions.activation_pointwise import JumpRelu
-from nndecomp.decompositions.base import Decomposition, GroupCost
+from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding, SparseCodes
 from nndecomp.decompositions.group import Group
 from nndecomp.decompositions.live import DictionaryRun
@@ -48,17 +47,7 @@ class SparseDictionary(Pretrained, Decomposition):
         self.b_dec = nn.Parameter(torch.zeros(self.write_layout.width))
         self.activation = make_activation(spec.activation, [group.n_features for group in spec.groups])
         assert not spec.centre_input or self.read_layout == self.write_layout, "only an SAE can centre its input"
-        self.costs = tuple(
-            GroupCost(
-                name=group.name,
-                n_components=group.n_features,
-                parameters=group.W_enc.shape[1] + group.W_dec.shape[1],
-                n_writes=len(group_spec.writes),
-                gate_parameters=group.W_enc.numel() if group_spec.encoder is None else 0,
-                linear_parameters=0 if group.W_skip is None else group.W_skip.numel(),
-            )
-            for group, group_spec in zip(self.banks, spec.groups, strict=True)
-        )
+        self.costs = tuple(bank.cost(group_spec) for bank, group_spec in zip(self.banks, spec.groups, strict=True))
 
     @property
     def banks(self) -> list[Group]:
@@ -99,7 +88,7 @@ class SparseDictionary(Pretrained, Decomposition):
             supports = self.activation.supports(dense, groups)
         # A negative pre-activation among the k largest becomes 0, which is not active.
         codes = [
-            SparseCodes(kernels.active_pre(x, bank.W_enc, bank.b_enc, pre, support).relu(), support)
+            SparseCodes(bank.active_pre(x, pre, support).relu(), support)
             for x, bank, pre, support in zip(inputs, banks, dense, supports, strict=True)
         ]
         return Encoding(Codes(tuple(codes)), scales, None)
@@ -164,11 +153,7 @@ class SparseDictionary(Pretrained, Decomposition):
         s_read, s_write = s_read.to(self.b_dec), s_write.to(self.b_dec)
         self.b_dec.mul_(s_write)
         for bank in self.banks:
-            if bank.has_own_encoder:
-                bank.W_enc.div_(s_read[bank.reads])
-            bank.W_dec.mul_(s_write[bank.writes])
-            if bank.W_skip is not None:
-                bank.W_skip.mul_(s_write[bank.writes] / s_read[bank.reads, None])
+            bank.fold(s_read[bank.reads], s_write[bank.writes])
 
 
 def columns_of(scales: dict[Site, float], layout: Layout) -> Float[Tensor, "width"]:

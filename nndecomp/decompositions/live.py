@@ -28,7 +28,7 @@ class DictionaryRun:
         assert site not in self._values, f"{site} was read before in this pass"
         self._values[site] = value
         if self._y_hat is None:
-            self._y_hat = dictionary.b_dec.repeat(value.shape[0], 1)
+            self._y_hat = dictionary.b_dec.repeat(len(value), 1)
         for g, spec in enumerate(dictionary.spec.groups):
             if site in spec.reads and all(read in self._values for read in spec.reads):
                 bank = dictionary.banks[g]
