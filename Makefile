@@ -29,7 +29,7 @@ smoke: ## the quickstart in seconds: prints the seeded scores, to compare before
 
 constraints: SHELL := /bin/bash -o pipefail
 constraints: ## pin the newest versions that fit pyproject.toml; torch stays, edit it by hand
-	{ grep '^#' constraints.txt; $(RUN) uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras \
+	{ grep '^#' constraints.txt; $(RUN) uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev \
 	  --quiet --no-header --no-annotate -c <(grep '^torch==' constraints.txt) \
 	  | grep -vE '^(nvidia-|cuda-|triton)'; } >constraints.txt.new
 	mv constraints.txt.new constraints.txt
