@@ -44,6 +44,9 @@ class Regression(nn.Module):
     def own_training(self, cfg: TrainingConfig) -> TrainingConfig:
         return cfg
 
+    def take_resets(self) -> list[tuple[nn.Parameter, Tensor]]:
+        return []
+
     def lr_shares(self) -> dict[str, float]:
         return {}
 

@@ -63,10 +63,12 @@ class DecompositionConfig:
     matryoshka_weights: list[float] | None = None  # of each prefix; null: all the same, adding to 1
     penalty: Penalty = Penalty.none
     penalty_coefficient: float = 0.0
-    penalty_normalisation: CodeNormalisation = CodeNormalisation.none  # c: the penalty sees f c
+    penalty_normalisation: CodeNormalisation = (
+        CodeNormalisation.none
+    )  # c: the penalty sees f c, the loss of z weighs by c
     penalty_scale: float = 4.0  # s in tanh(s f c)
     penalty_frequency: float = 0.01  # tanh_quadratic: the frequency at which the penalty doubles
-    penalty_target: float | None = None  # l0_target: active features a token and group
+    penalty_target: float | None = None  # l0_target: active features a token, in each group
     penalty_warmup: float = 0.1  # share of training over which the coefficient rises from 0
     p_start: float = 1.0  # lp
     p_end: float = 0.2
@@ -122,6 +124,7 @@ class DecompositionConfig:
         checks.check_k(self)
         checks.check_effects(self)
         checks.check_ranges(self)
+        checks.check_decoder(self)
         if self.layers is not None:
             require(
                 self.layers == sorted(set(self.layers)) and len(self.layers) > 0,

@@ -16,6 +16,9 @@ from nndecomp.config.kinds import (
     PreActivationLoss,
 )
 
+# Penalties on f c; the others count.
+_OF_CODES = (Penalty.l1, Penalty.tanh, Penalty.tanh_quadratic, Penalty.lp)
+
 # A DecompositionConfig, which cannot be named here: its file imports this one.
 Settings = Any
 
@@ -52,7 +55,8 @@ def check_k(cfg: Settings) -> None:
 def check_effects(cfg: Settings) -> None:
     """Refuses settings that would change nothing."""
     effects: list[tuple[bool, str, tuple[str, ...]]] = [
-        (cfg.penalty is not Penalty.none, "penalty", ("penalty_coefficient", "penalty_normalisation")),
+        (cfg.penalty is not Penalty.none, "penalty", ("penalty_coefficient", "penalty_warmup")),
+        (_weighs_codes(cfg), "a penalty on codes, or a pre_activation_loss on z", ("penalty_normalisation",)),
         (cfg.penalty in (Penalty.tanh, Penalty.tanh_quadratic), "penalty=tanh or tanh_quadratic", ("penalty_scale",)),
         (cfg.penalty is Penalty.tanh_quadratic, "penalty=tanh_quadratic", ("penalty_frequency",)),
         (cfg.penalty is Penalty.lp, "penalty=lp", ("p_start", "p_end", "p_anneal", "p_steps")),
@@ -121,11 +125,16 @@ def check_ranges(cfg: Settings) -> None:
         f"decomposition.p_anneal={cfg.p_anneal} must be two shares of training, e.g. [0.5, 1.0]",
     )
     require(
-        cfg.penalty is not Penalty.l1
+        cfg.penalty not in _OF_CODES
         or cfg.decoder is not Decoder.free
         or cfg.penalty_normalisation is not CodeNormalisation.none,
-        "decomposition.penalty=l1 with a free decoder is won by small codes and large decoder rows; "
+        f"decomposition.penalty={cfg.penalty.value} with a free decoder is won by small codes and large decoder rows; "
         "write penalty_normalisation=sae, or decoder=unit_norm",
+    )
+    require(
+        cfg.pre_activation_loss is PreActivationLoss.none or not cfg.selects,
+        f"decomposition.pre_activation_loss={cfg.pre_activation_loss.value} draws features up to a threshold, but "
+        f"decomposition.activation={cfg.activation.value} has none while it is trained; write pre_activation_loss=none",
     )
     if cfg.matryoshka is not None:
         shares, weights = cfg.matryoshka, cfg.matryoshka_weights
@@ -133,6 +142,12 @@ def check_ranges(cfg: Settings) -> None:
             len(shares) > 0 and all(share > 0 for share in shares) and abs(sum(shares) - 1) < 1e-6,
             f"decomposition.matryoshka={shares} must be positive shares that add to 1",
         )
+        for n in [cfg.n_features, *(n for n in cfg.n_exclusive or [] if n > 0)]:
+            require(
+                min(shares) * n >= 1,
+                f"decomposition.matryoshka={shares} leaves a block of {n} features empty; "
+                "write fewer or more even shares",
+            )
         require(
             weights is None or (len(weights) == len(shares) and all(w >= 0 for w in weights) and sum(weights) > 0),
             f"decomposition.matryoshka_weights={weights} must be {len(shares)} numbers, one a prefix, or null",
@@ -148,6 +163,33 @@ def check_ranges(cfg: Settings) -> None:
         cfg.n_exclusive is None or (len(cfg.n_exclusive) == 2 and all(n >= 0 for n in cfg.n_exclusive)),
         f"decomposition.n_exclusive={cfg.n_exclusive} must be two whole numbers: features of A alone, of B alone",
     )
+
+
+def check_decoder(cfg: Settings) -> None:
+    """An archetypal decoder is computed from data: nothing else can write to it."""
+    if cfg.decoder is not Decoder.archetypal:
+        return
+    for on, setting, right in (
+        (cfg.dead is Dead.resample, "dead=resample", "dead=aux_k"),
+        (cfg.directions is not Directions.random, f"directions={cfg.directions.value}", "directions=random"),
+        (cfg.decoder_norm_search, "decoder_norm_search=true", "decoder_norm_search=false"),
+    ):
+        require(
+            not on,
+            f"decomposition.{setting} writes decoder rows, but those of decomposition.decoder=archetypal are mixtures "
+            f"of data; write {right}",
+        )
+    require(
+        cfg.archetypes <= cfg.initial_tokens,
+        f"decomposition.archetypes={cfg.archetypes} must not exceed the rows they are taken from, "
+        f"decomposition.initial_tokens={cfg.initial_tokens}",
+    )
+
+
+def _weighs_codes(cfg: Settings) -> bool:
+    """Whether penalty_normalisation changes anything."""
+    of_z = cfg.pre_activation_loss is not PreActivationLoss.none and cfg.code_normalisation is CodeNormalisation.none
+    return cfg.penalty in _OF_CODES or of_z
 
 
 def _plain(value: Any) -> Any:

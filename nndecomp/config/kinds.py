@@ -69,14 +69,16 @@ class Penalty(Enum):
     l1 = "l1"
     tanh = "tanh"  # tanh(s f c), s = penalty_scale
     tanh_quadratic = "tanh_quadratic"  # p (1 + p / penalty_frequency), p = mean over tokens of tanh(s f c)
-    lp = "lp"  # (f c)^p, p annealed from p_start to p_end
+    lp = "lp"  # (f c)^p, p annealed from p_start to p_end; the coefficient follows, so that the product does not jump
     l0 = "l0"  # straight-through count; needs jumprelu
-    l0_target = "l0_target"  # (l0 / penalty_target - 1)^2, l0 straight through; needs jumprelu
+    l0_target = "l0_target"  # (l0 / penalty_target - 1)^2 of each group, l0 straight through; needs jumprelu
 
 
 class PreActivationLoss(Enum):
+    """Sum over features; a is c of code_normalisation, and where that is none, b is c of penalty_normalisation, else 1."""
+
     none = "none"
-    threshold = "threshold"  # relu(theta - z) c; theta = 0 for all but jumprelu
+    threshold = "threshold"  # relu(theta - z a) b; theta = 0 for all but jumprelu
     dead = "dead"  # the same, of dead features alone
 
 

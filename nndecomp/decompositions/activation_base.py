@@ -29,6 +29,10 @@ class ActivationFunction(nn.Module):
         """Why groups cannot be encoded one after the other, or None."""
         return None
 
+    def starts(self, group: int) -> list[tuple[nn.Parameter, float]]:
+        """Parameters with one entry a feature of this group, and the value at which each starts."""
+        return []
+
     def after_step(self, codes: Codes, scales: Scales) -> None:
         """Learn from the codes of a training step, and the scales by which their features were compared."""
 

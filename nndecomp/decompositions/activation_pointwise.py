@@ -66,7 +66,7 @@ class JumpRelu(Pointwise):
 
     def __init__(self, n_features: Sequence[int], initial_threshold: float, bandwidth: float) -> None:
         super().__init__()
-        self.bandwidth = bandwidth
+        self.bandwidth, self.initial_threshold = bandwidth, initial_threshold
         self.threshold = nn.ParameterList([torch.full((n,), initial_threshold) for n in n_features])
 
     def forward(self, pre: Float[Tensor, "token feature"], group: int) -> Float[Tensor, "token feature"]:
@@ -77,6 +77,9 @@ class JumpRelu(Pointwise):
         """1[z > theta], its gradient with respect to theta estimated as above."""
         theta = self.threshold[group]
         return _Active.apply(pre.to(torch.promote_types(pre.dtype, theta.dtype)), theta, self.bandwidth)
+
+    def starts(self, group: int) -> list[tuple[nn.Parameter, float]]:
+        return [(self.threshold[group], self.initial_threshold)]
 
     @torch.no_grad()
     def after_step(self, codes: Codes, scales: Scales) -> None:

@@ -1,6 +1,6 @@
 """One loop for anything with a loss: several objectives on one stream, each with its own optimiser.
 
-    batch -> for each objective: loss, backward, before_step, clip, optimiser, after_step
+    batch -> for each objective: loss, backward, before_step, clip, optimiser, after_step, take_resets
 
 Between two log points nothing is asked of the device. A run that is killed, at whatever instant, and started again with
 the same output directory ends with the same weights and metrics, bit for bit, as one that never was.
@@ -19,7 +19,7 @@ from torch import nn
 from nndecomp.config.schema import DType, TrainingConfig
 from nndecomp.training.log import Log
 from nndecomp.training.objective import Objective, Stream
-from nndecomp.training.optimisers import build_optimiser, clip_gradients, gradient_norms, set_learning_rate
+from nndecomp.training.optimisers import build_optimiser, clip_gradients, forget, gradient_norms, set_learning_rate
 from nndecomp.training.preemption import preemption
 from nndecomp.training.progress import Clock, Progress
 from nndecomp.training.randomness import Lanes, random_state, random_state_kept, set_random_state
@@ -65,6 +65,8 @@ class Trainee:
         set_learning_rate(self.optimiser, learning_rate(step, self.cfg))
         self.optimiser.step()
         self.objective.after_step()
+        for parameter, rows in self.objective.take_resets():
+            forget(self.optimiser, parameter, rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {

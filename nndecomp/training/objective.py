@@ -1,6 +1,6 @@
 """What the loop trains, and what it trains on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from nndecomp.config.schema import TrainingConfig
 class Objective(Protocol):
     """Anything with a loss: an `nn.Module` whose parameters are trained and whose buffers are saved with them.
 
-    One step calls `loss`, backward, `before_step`, clipping, the optimiser, `after_step`, in this order. Everything that
+    One step calls `loss`, backward, `before_step`, clipping, the optimiser, `after_step`, `take_resets`, in this order. Everything that
     has to survive a restart lives in parameters and buffers.
     """
 
@@ -29,6 +29,12 @@ class Objective(Protocol):
 
     def after_step(self) -> None:
         """Restores constraints on parameters and updates what is counted or averaged over batches."""
+        ...
+
+    def take_resets(self) -> Sequence[tuple[nn.Parameter, Tensor]]:
+        """Rows (indices of the first axis) of parameters that `after_step` wrote anew, each said once: the optimiser forgets
+        what it remembers of them.
+        """
         ...
 
     def own_training(self, cfg: TrainingConfig, /) -> TrainingConfig:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimiser
 
@@ -141,6 +141,14 @@ def set_learning_rate(optimiser: TorchOptimiser, lr: float) -> None:
     """`lr` for all parameters, but for those that have a share of it."""
     for group in optimiser.param_groups:
         group["lr"] = lr * group["lr_share"]
+
+
+@torch.no_grad()
+def forget(optimiser: TorchOptimiser, parameter: nn.Parameter, rows: Int[Tensor, " row"]) -> None:
+    """Zeroes what is remembered of some rows of a parameter: momenta and second moments, whatever they are called."""
+    for remembered in optimiser.state.get(parameter, {}).values():
+        if isinstance(remembered, Tensor) and remembered.shape == parameter.shape:
+            remembered[rows] = 0
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " parameter"]:

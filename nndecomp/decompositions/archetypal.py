@@ -1,0 +1,85 @@
+"""Archetypal decoders: rows near the convex hull of data, which two seeds then agree on (Fel et al. 2025, arXiv 2502.12892).
+
+    W_dec = (softmax(A) @ C + R) e^m      A [feature, archetype], C [archetype, d_write] data points around their mean,
+                                          R [feature, d_write] with |R_i| <= slack * mean |C_j|, m one number
+
+While it is trained, W_dec is computed from A, R and m wherever it is read; `bake` makes it a plain parameter.
+"""
+
+import math
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from nndecomp.decompositions.group import Group
+
+# Weight with which a row begins on its own archetype; the rest is even over the others, so that all can be learned.
+_OWN_WEIGHT = 0.9
+
+
+class Archetypes(nn.Module):
+    """The map from R, which stands in the place of W_dec, to W_dec."""
+
+    def __init__(self, n_features: int, d_write: int, n_archetypes: int, slack: float) -> None:
+        super().__init__()
+        self.slack = slack
+        self.A = nn.Parameter(torch.zeros(n_features, n_archetypes))
+        self.m = nn.Parameter(torch.zeros(()))
+        self.C: Tensor
+        self.radius: Tensor
+        self.register_buffer("C", torch.zeros(n_archetypes, d_write))
+        self.register_buffer("radius", torch.zeros(()))  # mean |C_j|
+
+    def forward(self, R: Float[Tensor, "feature d_write"]) -> Float[Tensor, "feature d_write"]:
+        with torch.autocast(R.device.type, enabled=False):
+            return (self.A.softmax(1) @ self.C + self.relaxed(R)) * self.m.exp()
+
+    def relaxed(self, R: Float[Tensor, "feature d_write"]) -> Float[Tensor, "feature d_write"]:
+        """R, with rows that are too long cut to slack * radius."""
+        norm = R.norm(dim=1, keepdim=True)
+        limit = self.slack * self.radius
+        return R * torch.where(norm > limit, limit / norm.clamp_min(torch.finfo(R.dtype).tiny), 1.0)
+
+    def right_inverse(self, W_dec: Float[Tensor, "feature d_write"]) -> Float[Tensor, "feature d_write"]:
+        """What R begins as: nothing of the plain W_dec is kept."""
+        return torch.zeros_like(W_dec)
+
+
+def make_archetypal(bank: Group, n_archetypes: int, slack: float) -> None:
+    """Replaces a group's W_dec; it is zero until `place`."""
+    archetypes = Archetypes(bank.n_features, bank.W_dec.shape[1], n_archetypes, slack).to(bank.W_dec.device)
+    parametrize.register_parametrization(bank, "W_dec", archetypes, unsafe=True)
+
+
+@torch.no_grad()
+def place(bank: Group, y: Float[Tensor, "row d_write"], norm: float) -> None:
+    """Archetypes from rows of what the group writes, evenly drawn; each feature starts at one of them, the rows' norms at
+    `norm` on average.
+    """
+    archetypes = archetypes_of(bank)
+    n = len(archetypes.C)
+    assert len(y) >= n, f"{n} archetypes from {len(y)} rows"
+    C = y[torch.linspace(0, len(y) - 1, n, device=y.device).long()] - y.mean(0)
+    archetypes.C.copy_(C)
+    archetypes.radius.copy_(C.norm(dim=1).mean())
+    own = torch.arange(bank.n_features, device=y.device) % n
+    # Of n logits, one at l and the others at 0: its weight is e^l / (e^l + n - 1).
+    logit = math.log(_OWN_WEIGHT / (1 - _OWN_WEIGHT) * max(n - 1, 1))
+    archetypes.A.zero_().scatter_(1, own[:, None], logit)
+    archetypes.m.zero_()
+    archetypes.m.copy_(math.log(norm) - bank.W_dec.norm(dim=1).mean().log())
+
+
+def archetypes_of(bank: Group) -> Archetypes:
+    found = cast("nn.ModuleDict", bank.parametrizations)["W_dec"]
+    (archetypes,) = cast("nn.ModuleList", found)
+    assert isinstance(archetypes, Archetypes), f"group {bank.name} is parametrised by {type(archetypes).__name__}"
+    return archetypes
+
+
+def bake(bank: Group) -> None:
+    """W_dec as a plain parameter, with the values it has now."""
+    parametrize.remove_parametrizations(bank, "W_dec", leave_parametrized=True)
