@@ -79,10 +79,16 @@ def measured(
 
 
 def scores(rows: "DataFrame") -> dict[str, float]:
-    """The few numbers by which runs are compared at a glance, everything replaced: scores.json."""
-    whole = rows[(rows.site == "all") & rows.metric.isin(["ce_increase", "fvu"])]
-    columns = (whole[column] for column in ("name", "metric", "inputs", "value"))
-    return {f"{name}/{metric}_{inputs}": value for name, metric, inputs, value in zip(*columns, strict=True)}
+    """The few numbers by which runs are compared at a glance, everything replaced: scores.json.
+
+    Of two models those of each, `crosscoder/ce_increase_clean_A`, and what is common to both.
+    """
+    whole = rows[(rows.site.str.fullmatch("([A-Z]:)?all")) & rows.metric.isin(["ce_increase", "fvu"])]
+    columns = (whole[column] for column in ("name", "metric", "inputs", "site", "value"))
+    return {
+        f"{name}/{metric}_{inputs}{'' if site == 'all' else f'_{site[0]}'}": value
+        for name, metric, inputs, site, value in zip(*columns, strict=True)
+    }
 
 
 def reported(rows: "DataFrame", out: Path) -> dict[str, float]:

@@ -24,17 +24,22 @@ from nndecomp.types import Site
 
 @dataclass(frozen=True)
 class PatchSet:
-    """Sites replaced together."""
+    """Sites replaced together, all in one model."""
 
     patched: Patched
     sites: tuple[Site, ...]
 
     @property
+    def model(self) -> str | None:
+        """Of two models under study, the one whose sites these are, and whose predictions they change."""
+        return model_of(self.sites)
+
+    @property
     def site(self) -> str:
-        """How rows name the sites."""
+        """How rows name the sites: of two models `A:all` is everything that is written in A."""
         match self.patched:
             case Patched.all:
-                return "all"
+                return "all" if self.model is None else f"{self.model}:all"
             case Patched.single:
                 return str(self.sites[0])
             case Patched.prefixes:
@@ -42,14 +47,29 @@ class PatchSet:
 
 
 def patch_sets(writes: Sequence[Site], patched: Sequence[Patched]) -> list[PatchSet]:
-    """What is replaced together when `writes` are the sites of a decomposition, in model order."""
-    sites = tuple(sorted(writes))
-    sets = {
-        Patched.all: [sites],
-        Patched.single: [(site,) for site in sites],
-        Patched.prefixes: [sites[: n + 1] for n in range(len(sites))],
-    }
-    return [PatchSet(kind, each) for kind in patched for each in sets[kind]]
+    """What is replaced together when `writes` are the sites of a decomposition, in model order, each model by itself."""
+    sets: list[PatchSet] = []
+    for sites in by_model(writes):
+        ways = {
+            Patched.all: [sites],
+            Patched.single: [(site,) for site in sites],
+            Patched.prefixes: [sites[: n + 1] for n in range(len(sites))],
+        }
+        sets += [PatchSet(kind, each) for kind in patched for each in ways[kind]]
+    return sets
+
+
+def by_model(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
+    """The sites of each model, in model order; one entry where there is one model."""
+    models = sorted({site.model or "" for site in sites})
+    return [tuple(sorted(site for site in sites if (site.model or "") == model)) for model in models]
+
+
+def model_of(sites: Sequence[Site]) -> str | None:
+    """The one model that all of `sites` are in."""
+    models = {site.model for site in sites}
+    assert len(models) == 1, f"sites of several models are not replaced together: {', '.join(map(str, sites))}"
+    return models.pop()
 
 
 def exact(values: Tensor) -> Tensor:
@@ -74,15 +94,16 @@ class Batch(Sequences):
 
 @dataclass(frozen=True)
 class CleanRun:
-    """The undisturbed run: its activations at the kept positions and its next-token log-probabilities."""
+    """The undisturbed run: its activations at the kept positions and its next-token log-probabilities, by model."""
 
     rows: dict[Site, Float[Tensor, "token width"]]
-    log_p: Float[Tensor, "batch pos vocab"]
+    log_p: dict[str | None, Float[Tensor, "batch pos vocab"]]
 
 
 def clean_run(target: Target, batch: Batch, sites: Sequence[Site]) -> CleanRun:
-    """One forward pass that yields activations and predictions."""
+    """One forward pass a model that yields activations and predictions."""
     rows: dict[Site, Tensor] = {}
+    log_p: dict[str | None, Tensor] = {}
 
     def keep_at(site: Site) -> Replace:
         def record(value: Tensor) -> None:
@@ -91,8 +112,9 @@ def clean_run(target: Target, batch: Batch, sites: Sequence[Site]) -> CleanRun:
         return record
 
     with target.patch({site: keep_at(site) for site in sites}):
-        logits = target.logits(batch.tokens)
-    return CleanRun(rows, logits.float().log_softmax(-1))
+        for model in target.shape.models:
+            log_p[model] = target.predicting(model).logits(batch.tokens).float().log_softmax(-1)
+    return CleanRun(rows, log_p)
 
 
 def ablation(batch: Batch, values: Mapping[Site, Float[Tensor, " width"] | None]) -> dict[Site, Replace]:
@@ -109,19 +131,20 @@ def ablation(batch: Batch, values: Mapping[Site, Float[Tensor, " width"] | None]
 
 
 class Predictions:
-    """What the target predicted under one condition, summed per sequence in float64.
+    """What the target (of two: `model`) predicted under one condition, summed per sequence in float64.
 
     ce    -log Q(next token), nats
     kl    KL(P || Q) with P the clean run's prediction and Q this run's, nats
     agree the most likely token is the same
     """
 
-    def __init__(self, n_seqs: int) -> None:
+    def __init__(self, n_seqs: int, model: str | None = None) -> None:
+        self.model = model
         self.ce, self.kl, self.agree, self.n = torch.zeros(4, n_seqs, dtype=torch.float64).unbind()
 
     def add(self, batch: Batch, clean: CleanRun, log_qs: Iterable[Float[Tensor, "pos vocab"]]) -> None:
         """`log_qs`: log-probabilities, one sequence after the other, so that only one need exist at a time."""
-        for i, (log_p, log_q) in enumerate(zip(clean.log_p, log_qs, strict=True)):
+        for i, (log_p, log_q) in enumerate(zip(clean.log_p[self.model], log_qs, strict=True)):
             seq, predicts = batch.seqs.start + i, batch.predicts[i]
             log_p, log_q = log_p[:-1], log_q[:-1]
             ce = -log_q.gather(-1, batch.tokens[i, 1:, None])[:, 0]
@@ -146,5 +169,5 @@ def predictions(
 ) -> None:
     """One patched forward pass, its predictions added to `into`."""
     with target.patch(replacements):
-        logits = target.logits(batch.tokens)
+        logits = target.predicting(into.model).logits(batch.tokens)
     into.add(batch, clean, (each.float().log_softmax(-1) for each in logits))

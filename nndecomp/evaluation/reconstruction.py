@@ -45,23 +45,30 @@ class SiteErrors:
 
 
 def site_means(errors: Mapping[Site, SiteErrors]) -> dict[tuple[str, str], Ratio]:
-    """(metric, site) -> its mean: mse and variance per coordinate, fvu, cosine; of each site, and pooled as site "all"."""
+    """(metric, site) -> its mean: mse and variance per coordinate, fvu, cosine; of each site, and pooled.
+
+    Pooled over all sites as "all"; of two models, over those of each as "A:all" and "B:all" too.
+    """
     means: dict[tuple[str, str], Ratio] = {}
     for site, e in errors.items():
         means["mse", str(site)] = Ratio(e.squared_error, e.n * len(e.centre))
         means["variance", str(site)] = Ratio(e.variance, e.n * len(e.centre))
         means["fvu", str(site)] = Ratio(e.squared_error, e.variance)
         means["cosine", str(site)] = Ratio(e.cosine, e.n)
-    squared_error, variance, cosine, n, coordinates = (
-        torch.stack(each).sum(0)
-        for each in zip(
-            *((e.squared_error, e.variance, e.cosine, e.n, e.n * len(e.centre)) for e in errors.values()), strict=True
+    models = sorted({site.model for site in errors if site.model is not None})
+    pools = {"all": list(errors.values())}
+    pools |= {f"{model}:all": [e for site, e in errors.items() if site.model == model] for model in models}
+    for name, pool in pools.items():
+        squared_error, variance, cosine, n, coordinates = (
+            torch.stack(each).sum(0)
+            for each in zip(
+                *((e.squared_error, e.variance, e.cosine, e.n, e.n * len(e.centre)) for e in pool), strict=True
+            )
         )
-    )
-    means["mse", "all"] = Ratio(squared_error, coordinates)
-    means["variance", "all"] = Ratio(variance, coordinates)
-    means["fvu", "all"] = Ratio(squared_error, variance)
-    means["cosine", "all"] = Ratio(cosine, n)
+        means["mse", name] = Ratio(squared_error, coordinates)
+        means["variance", name] = Ratio(variance, coordinates)
+        means["fvu", name] = Ratio(squared_error, variance)
+        means["cosine", name] = Ratio(cosine, n)
     return means
 
 

@@ -24,7 +24,9 @@ from nndecomp.evaluation.patching import (
     PatchSet,
     Predictions,
     ablation,
+    by_model,
     clean_run,
+    model_of,
     patch_sets,
     predictions,
 )
@@ -51,12 +53,17 @@ class _Replacement:
         self.costs = _costs(self.decompositions)
         _check(self.decompositions, self.writes, means)
         self.sets = patch_sets(self.writes, cfg.patched)
+        models = by_model(self.writes)
         obstacles = [reason for each in decompositions if (reason := each.live_obstacle()) is not None]
+        if len(by_model((*self.reads, *self.writes))) > 1:
+            obstacles.insert(0, "its sites are in two models, of which neither reads what the other writes")
         self.obstacle = obstacles[0] if obstacles and Inputs.live in cfg.inputs else None
         self.inputs = [i for i in cfg.inputs if i is not Inputs.live or not obstacles]
         # Live reconstruction is measured with everything replaced, where errors compound most.
-        self.site_sets = list(dict.fromkeys([*(each.sites for each in self.sets), self.writes]))
-        self.predicted = {(i, sites): Predictions(n_seqs) for i in self.inputs for sites in self.site_sets}
+        self.site_sets = list(dict.fromkeys([*(each.sites for each in self.sets), *models]))
+        self.predicted = {
+            (i, sites): Predictions(n_seqs, model_of(sites)) for i in self.inputs for sites in self.site_sets
+        }
         self.errors = {i: {s: SiteErrors(n_seqs, means[s]) for s in self.writes} for i in self.inputs}
         self.activity = {i: Activity(n_seqs, self.costs) for i in self.inputs}
 
@@ -106,7 +113,7 @@ def _check(
 ) -> None:
     assert decompositions, "nothing to evaluate: there are no decompositions"
     for a, b in combinations(writes, 2):
-        same = (a.layer, a.point) == (b.layer, b.point)
+        same = (a.model, a.layer, a.point) == (b.model, b.layer, b.point)
         assert not (same and (a.head == b.head or None in (a.head, b.head))), (
             f"{a} and {b} are both written: a site can be replaced only once"
         )
@@ -150,11 +157,12 @@ def evaluate_all(
     measured = {name: _Replacement(each, n_seqs, means, cfg) for name, each in replacements.items()}
     needed = sorted({site for m in measured.values() for site in (*m.reads, *m.writes)})
     site_sets = dict.fromkeys(sites for m in measured.values() for sites in m.site_sets)
-    unpatched = Predictions(n_seqs)
-    ablated = {(kind, sites): Predictions(n_seqs) for kind in ("zero", "mean") for sites in site_sets}
+    unpatched = {model: Predictions(n_seqs, model) for model in target.shape.models}
+    ablated = {(kind, sites): Predictions(n_seqs, model_of(sites)) for kind in ("zero", "mean") for sites in site_sets}
     for batch in _batches(heldout, keep, cfg.batch_seqs, target.device):
         clean = clean_run(target, batch, needed)
-        unpatched.add(batch, clean, clean.log_p)
+        for model, into in unpatched.items():
+            into.add(batch, clean, clean.log_p[model])
         for (kind, sites), into in ablated.items():
             values = {site: means[site] if kind == "mean" else None for site in sites}
             predictions(target, batch, clean, ablation(batch, values), into)
@@ -186,14 +194,14 @@ def evaluate(
 
 def _prediction_rows(
     m: _Replacement,
-    unpatched: Predictions,
+    unpatched: Mapping[str | None, Predictions],
     ablated: Mapping[tuple[str, tuple[Site, ...]], Predictions],
     drawn: Float[Tensor, "resample seq"],
     confidence: float,
 ) -> Iterator[Measurement]:
     units = {"ce": "nats", "ce_increase": "nats", "kl": "nats", "top1_agreement": "share"}
-    ce_clean = unpatched.means()["ce"]
-    n = int(unpatched.n.sum())
+    ce_clean = {model: predicted.means()["ce"] for model, predicted in unpatched.items()}
+    n = int(next(iter(unpatched.values())).n.sum())  # models of a pair predict the same tokens
 
     def row(metric: str, condition: str, mean: Ratio, each: PatchSet, inputs: str) -> Measurement:
         e = estimate(mean, drawn, confidence)
@@ -206,12 +214,12 @@ def _prediction_rows(
         means = predicted.means()
         # A row of its own name for each condition; of the replacements, only ce is ambiguous without one.
         yield row("ce", condition or "replaced", means["ce"], each, inputs)
-        yield row("ce_increase", condition, means["ce"] - ce_clean, each, inputs)
+        yield row("ce_increase", condition, means["ce"] - ce_clean[each.model], each, inputs)
         yield row("kl", condition, means["kl"], each, inputs)
         yield row("top1_agreement", condition, means["top1_agreement"], each, inputs)
 
     for each in m.sets:
-        yield row("ce", "clean", ce_clean, each, "none")
+        yield row("ce", "clean", ce_clean[each.model], each, "none")
         for kind in ("zero", "mean"):
             yield from rows(kind, ablated[kind, each.sites], each, "none")
         for inputs in m.inputs:

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pandas
@@ -42,10 +42,10 @@ def results(rows: pandas.DataFrame) -> list[Result]:
     """In the order of the rows, clean before live."""
     by_context: defaultdict[Context, list[dict[str, Any]]] = defaultdict(list)
     for record in records_of(rows):
-        if record["site"] == "all":
+        if record["site"] == "all" or record["site"].endswith(":all"):
             by_context[_context(record)].append(record)
     found = []
-    for context, records in by_context.items():
+    for context, records in (each for item in by_context.items() for each in _of_each_model(*item)):
         shared = [r for r in records if (r["inputs"], r["patched"]) == ("none", "all")]
         for inputs in ("clean", "live"):
             # Reconstruction on clean inputs is measured in the undisturbed run, where nothing is patched.
@@ -54,6 +54,23 @@ def results(rows: pandas.DataFrame) -> list[Result]:
             if own:
                 found.append(Result(context, inputs, _by_metric(context, [*shared, *own])))
     assert found, "there is nothing to report: no rows with all sites replaced"
+    return found
+
+
+def _of_each_model(
+    context: Context, records: Sequence[dict[str, Any]]
+) -> list[tuple[Context, Sequence[dict[str, Any]]]]:
+    """Of a decomposition of two models: what was measured in each, beside what is common to both (its active features)."""
+    sites = dict.fromkeys(r["site"] for r in records if r["site"] != "all")
+    if not sites:
+        return [(context, records)]
+    found = []
+    for site in sites:
+        own = [r for r in records if r["site"] == site]
+        metrics = {r["metric"] for r in own}
+        common = [r for r in records if r["site"] == "all" and r["metric"] not in metrics]
+        model = site.removesuffix(":all")
+        found.append((replace(context, name=f"{context.name or context.run} in {model}"), [*own, *common]))
     return found
 
 
