@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nndecomp.config.target import DType, TargetConfig, TargetKind
 from nndecomp.errors import SettingError
-from nndecomp.targets.base import Target
+from nndecomp.targets.base import Heads, Target
 from nndecomp.targets.load import load_target, target_shape
 from nndecomp.types import Point, Site
 
@@ -226,6 +226,53 @@ def test_mlp_out_follows_from_the_neurons(target: Target) -> None:
         hidden, out = target.record(TOKENS, [Site(layer, Point.mlp_hidden), Site(layer, Point.mlp_out)]).values()
         assert torch.equal(target.mlp_out_of(layer, hidden), out)
         torch.testing.assert_close(target.mlp_out_of(layer, hidden.flatten(0, 1)), out.flatten(0, 1))
+
+
+def scores_from(weights: Heads, frequencies: tuple[float, ...], x: Tensor) -> Tensor:
+    """Attention patterns by the definition of `Heads`, one pair of positions after the other."""
+    angle = torch.tensor(frequencies)
+
+    def turned(v: Tensor, position: int) -> Tensor:
+        n = len(angle)
+        a, b, rest = v[:, :n], v[:, n : 2 * n], v[:, 2 * n :]
+        cos, sin = (position * angle).cos(), (position * angle).sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], 1)
+
+    n_seqs, n_pos, _ = x.shape
+    scores = torch.full((n_seqs, len(weights.W_Q), n_pos, n_pos), -torch.inf)
+    for seq in range(n_seqs):
+        for t in range(n_pos):
+            q = turned(torch.einsum("d,hdk->hk", x[seq, t], weights.W_Q) + weights.b_Q, t)
+            for u in range(t + 1):
+                k = turned(torch.einsum("d,hdk->hk", x[seq, u], weights.W_K) + weights.b_K, u)
+                scores[seq, :, t, u] = weights.scale * (q * k).sum(1)
+    return scores.softmax(-1)
+
+
+@torch.no_grad()
+def test_attention_follows_from_the_weights_of_its_heads_and_how_they_turn(
+    target: Target, directory: Path, family: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    site, rotary = Site(1, Point.attn_in), target.shape.of(None).rotary
+    if family in ("qwen3", "gemma2", "gemma3"):
+        with pytest.raises(SettingError, match="attention_start=random"):
+            target.heads_of(site)
+        assert [len(each) for each in rotary] == [8] * 3
+        return
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    n_pos = 6  # within the sliding window of the family that has one
+    reported = model(TOKENS[:, :n_pos], output_attentions=True).attentions[1]
+    x = target.record(TOKENS[:, :n_pos], [site])[site]
+    weights = target.heads_of(site)
+    torch.testing.assert_close(scores_from(weights, rotary[1] if rotary else (), x), reported, atol=1e-4, rtol=1e-4)
+    out = Site(1, Point.attn_out)
+    alone, moved = target.record(TOKENS[:, :1], [site, out]).values()  # a sequence of one token attends to itself
+    with target.patch({site: torch.zeros_like}):
+        bias = target.record(TOKENS[:, :1], [out])[out]
+    by_heads = torch.einsum("bpd,hdk,hke->bpe", alone, weights.W_V, weights.W_O)
+    torch.testing.assert_close(by_heads, moved - bias, atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_reach_what_is_put_at_every_site(target: Target) -> None:

@@ -54,6 +54,9 @@ class TargetShape(Shape):
     n_ctx: int
     points: frozenset[Point]  # points this family has: parallel blocks have no resid_mid
     gated: bool  # a neuron is the product of two linear maps, one of them through the activation function
+    # Of each layer: radians a position by which pairs (i, i + n/2) of a query's and key's first n coordinates turn, one a
+    # pair; () where the model tells positions apart in another way.
+    rotary: tuple[tuple[float, ...], ...] = ()
 
     @property
     def d_read_neuron(self) -> int:
@@ -98,6 +101,20 @@ class Neurons:
     read: Float[Tensor, "neuron d"]
     bias: Float[Tensor, "neuron"]
     write: Float[Tensor, "neuron d"]  # put through the post-norm on its own, where there is one
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention as matrices: from t, head h gives position u the score scale * R_t(x_t W_Q + b_Q) . R_u(x_u W_K + b_K),
+    with R the turning by position (`TargetShape.rotary`), and moves x_u W_V W_O."""
+
+    W_Q: Float[Tensor, "head d_model d_head"]
+    b_Q: Float[Tensor, "head d_head"]
+    W_K: Float[Tensor, "head d_model d_head"]
+    b_K: Float[Tensor, "head d_head"]
+    W_V: Float[Tensor, "head d_model d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    scale: float
 
 
 class Target(ABC):
@@ -149,3 +166,10 @@ class Target(ABC):
     def neurons_of(self, site: Site) -> Neurons:
         """The neurons that read `site`, an mlp_in. SettingError where a target cannot say."""
         raise SettingError(f"decomposition.directions=neurons needs an MLP at {site}, and {self.name} shows none")
+
+    def heads_of(self, site: Site) -> Heads:
+        """The heads that read `site`, an attn_in. SettingError where scores are another function of x, or unknown."""
+        raise SettingError(
+            f"decomposition.attention_start=target needs the attention weights at {site}, and {self.name} shows none; "
+            "write attention_start=random"
+        )

@@ -20,7 +20,7 @@ with its affine part. In gated MLPs mlp_hidden is the product of gate and up. GP
 no resid_mid. resid_mid is written into the tensor itself, so that norm and residual skip both see it (`hooks.Side`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from nndecomp.config.target import TargetConfig
 from nndecomp.errors import SettingError
-from nndecomp.targets.base import TargetShape
+from nndecomp.targets.attention import by_head, heads
+from nndecomp.targets.base import Heads, TargetShape
 from nndecomp.targets.modules import ModuleTarget, Wiring
-from nndecomp.types import Point
+from nndecomp.types import Point, Site
 
 _LLAMA = Wiring.of_blocks(
     embed="model.embed_tokens",
@@ -89,6 +91,8 @@ _WIRINGS = {
     "gemma3_text": _GEMMA,
 }
 _UNGATED = {"gpt2", "gpt_neox"}
+# A norm of queries and keys, or a cap on scores, stands between the linear maps and the softmax.
+_SCORES_NOT_BILINEAR = {"qwen3", "gemma2", "gemma3_text"}
 # Gemma-2 caps its attention scores, which the fused attention of torch cannot do.
 _ATTENTION = {"gemma2": "eager"}
 
@@ -101,6 +105,43 @@ class HuggingFaceTarget(ModuleTarget):
 
     def _logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         return self.model(input_ids=tokens, use_cache=False).logits
+
+    def heads_of(self, site: Site) -> Heads:
+        assert site.point is Point.attn_in, f"attention reads attn_in, not {site}"
+        shape = self.shape.of(None)
+        if self.model.config.model_type in _SCORES_NOT_BILINEAR:
+            raise SettingError(
+                f"decomposition.attention_start=target needs scores that are products of linear maps of {site}, but a "
+                f"{self.model.config.model_type} normalises queries and keys, or caps scores; write attention_start=random"
+            )
+        attention, maps = _attention_maps(self._module(f"{self.wiring.blocks}.{site.layer}"), shape)
+        return heads(
+            maps,
+            self._module(f"{self.wiring.blocks}.{site.layer}.{self.wiring.points[Point.z][0]}"),
+            n_heads=shape.n_heads,
+            d_model=shape.d_model,
+            d_head=shape.d_head,
+            scale=float(attention.scaling),
+            like=next(self.model.parameters()),
+        )
+
+
+def _attention_maps(block: Any, shape: TargetShape) -> tuple[Any, tuple[Callable[[Tensor], Tensor], ...]]:
+    """The attention module, and its maps from x [row, d_model] to queries, keys and values [row, head, d_head]."""
+    if hasattr(block, "attn"):  # GPT-2: queries of all heads, then keys, then values
+
+        def part(i: int) -> Callable[[Tensor], Tensor]:
+            return lambda x: block.attn.c_attn.forward(x).chunk(3, -1)[i].unflatten(-1, (-1, shape.d_head))
+
+        return block.attn, (part(0), part(1), part(2))
+    if hasattr(block, "attention"):  # GPT-NeoX: query, key and value of a head side by side
+
+        def of_head(i: int) -> Callable[[Tensor], Tensor]:
+            return lambda x: block.attention.query_key_value.forward(x).unflatten(-1, (-1, 3, shape.d_head))[:, :, i]
+
+        return block.attention, (of_head(0), of_head(1), of_head(2))
+    own = block.self_attn
+    return own, tuple(by_head(linear, shape.d_head) for linear in (own.q_proj, own.k_proj, own.v_proj))
 
 
 def load(cfg: TargetConfig, device: torch.device) -> HuggingFaceTarget:
@@ -192,4 +233,24 @@ def shape_of(config: PretrainedConfig) -> TargetShape:
         n_ctx=config.max_position_embeddings,
         points=wiring_of(config).available,
         gated=config.model_type not in _UNGATED,
+        rotary=_rotary(config),
     )
+
+
+def _rotary(config: PretrainedConfig) -> tuple[tuple[float, ...], ...]:
+    """Of each layer; layers of different types may turn at different rates. A factor on the scores is left out."""
+    if config.model_type == "gpt2":
+        return ()
+    layers: list[str | None] = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    typed = isinstance(next(iter(config.rope_parameters.values())), dict)
+    of_type = {each: _frequencies(config, each if typed else None) for each in dict.fromkeys(layers)}
+    return tuple(of_type[each] for each in layers)
+
+
+def _frequencies(config: PretrainedConfig, layer_type: str | None) -> tuple[float, ...]:
+    parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+    if parameters["rope_type"] != "default":
+        return tuple(ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, layer_type=layer_type)[0].tolist())
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    n_turned = int(d_head * parameters.get("partial_rotary_factor", 1.0))
+    return tuple((parameters["rope_theta"] ** -(torch.arange(0, n_turned, 2) / n_turned)).tolist())

@@ -107,13 +107,17 @@ def _linear(d_in: int, d_out: int) -> nn.Linear:
     return nn.Linear(d_in, d_out, bias=False, device="meta").to_empty(device="cpu")
 
 
+def rotary_frequencies(d_head: int, base: float) -> Float[Tensor, " pair"]:
+    """Radians a position: base^(-i / (d_head/2)), i = 0 .. d_head/2 - 1."""
+    half = d_head // 2
+    return base ** -(torch.arange(half, dtype=torch.float32) / half)
+
+
 def rotary_tables(
     d_head: int, n_ctx: int, base: float
 ) -> tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]]:
-    """cos and sin of pos / base^(i / (d_head/2)), i = 0 .. d_head/2 - 1, the same for both halves of a head."""
-    half = d_head // 2
-    frequency = base ** -(torch.arange(half, dtype=torch.float32) / half)
-    angle = torch.arange(n_ctx, dtype=torch.float32)[:, None] * frequency.repeat(2)
+    """cos and sin of pos * frequency, the same for both halves of a head."""
+    angle = torch.arange(n_ctx, dtype=torch.float32)[:, None] * rotary_frequencies(d_head, base).repeat(2)
     return angle.cos(), angle.sin()
 
 

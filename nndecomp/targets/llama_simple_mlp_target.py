@@ -5,9 +5,11 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nndecomp.targets.base import TargetShape
-from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig
+from nndecomp.targets.attention import by_head, heads
+from nndecomp.targets.base import Heads, TargetShape
+from nndecomp.targets.llama_simple_mlp import Block, LlamaSimpleMLP, LlamaSimpleMLPConfig, rotary_frequencies
 from nndecomp.targets.modules import ModuleTarget, Wiring
+from nndecomp.types import Point, Site
 
 _WIRING = Wiring.of_blocks(
     embed="wte",
@@ -32,6 +34,21 @@ class LlamaSimpleMLPTarget(ModuleTarget):
     def _logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         return self.model(tokens)
 
+    def heads_of(self, site: Site) -> Heads:
+        assert site.point is Point.attn_in, f"attention reads attn_in, not {site}"
+        block = self.model.h[site.layer]
+        assert isinstance(block, Block), f"layer {site.layer} is a {type(block).__name__}"
+        attention, config = block.attn, self.model.config
+        return heads(
+            tuple(by_head(p, config.d_head) for p in (attention.q_proj, attention.k_proj, attention.v_proj)),
+            attention.o_proj,
+            n_heads=config.n_heads,
+            d_model=config.d_model,
+            d_head=config.d_head,
+            scale=config.d_head**-0.5,
+            like=self.model.wte.weight,
+        )
+
 
 def shape_of(config: LlamaSimpleMLPConfig) -> TargetShape:
     return TargetShape(
@@ -44,4 +61,5 @@ def shape_of(config: LlamaSimpleMLPConfig) -> TargetShape:
         n_ctx=config.n_ctx,
         points=_WIRING.available,
         gated=False,
+        rotary=(tuple(rotary_frequencies(config.d_head, config.rotary_base).tolist()),) * config.n_layers,
     )

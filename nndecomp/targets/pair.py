@@ -20,7 +20,7 @@ from torch import Tensor
 from nndecomp.config.checks import require
 from nndecomp.config.target import TargetConfig
 from nndecomp.errors import SettingError
-from nndecomp.targets.base import Replace, Shape, Target, TargetShape
+from nndecomp.targets.base import Heads, Replace, Shape, Target, TargetShape
 from nndecomp.targets.load import load_target, target_shape
 from nndecomp.types import Site
 
@@ -105,6 +105,10 @@ class PairedTarget(Target):
 
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         return self.pair[self.predicts].logits(tokens)
+
+    def heads_of(self, site: Site) -> Heads:
+        assert site.model in (A, B), f"the models are called A and B, not {site.model}"
+        return self.pair[site.model].heads_of(site.within)
 
     def mlp_out_of(self, layer: int, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows d"]:
         return self.pair[self.predicts].mlp_out_of(layer, hidden)
