@@ -118,7 +118,6 @@ class SparseDictionary(Pretrained, Decomposition):
     def live_run(self) -> "DictionaryRun":
         obstacle = self.live_obstacle()
         assert obstacle is None, f"this dictionary cannot answer site by site: {obstacle}"
-        assert not self.training, "a live run treats each token on its own: call eval() first"
         return DictionaryRun(self)
 
     @torch.no_grad()

@@ -1,0 +1,174 @@
+"""Training a dictionary by what putting it into the target does to the target's predictions.
+
+    loss = local loss + end_to_end_coefficient * damage
+
+    damage, kl   mean over predictions of KL(P || Q)          P: the target's prediction, Q: that of the target with
+    damage, ce   mean over predictions of -log Q(next token)  reconstructions in place; nats
+
+Gradients reach the dictionary through the frozen target (Braun et al. 2024, arXiv 2405.12241, eq. 3, who patch one site;
+with all sites at once it is the loss of the replacement model). The local loss, and with it what is counted as firing,
+is that of the clean activations of the same batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nndecomp.config.schema import DecompositionConfig, EndToEnd, Together
+from nndecomp.decompositions.base import LiveRun
+from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.objective import DictionaryObjective
+from nndecomp.decompositions.replacing import live, pasted
+from nndecomp.targets.base import Replace, Target
+from nndecomp.training.sequences import CleanBatch
+from nndecomp.types import Layout, Site
+
+# Log-probabilities that exist at a time: 256 MiB in float32.
+CHUNK_VALUES = 2**26
+
+
+def kl_divergence(
+    clean: Float[Tensor, "row vocab"], patched: Float[Tensor, "row vocab"], weights: Float[Tensor, " row"]
+) -> Float[Tensor, ""]:
+    """sum over rows of weight * KL(softmax clean || softmax patched), nats; gradients reach `patched` alone."""
+    each = lambda p, q, w: (w * F.kl_div(_log_p(q), _log_p(p), reduction="none", log_target=True).sum(-1)).sum()  # noqa: E731
+    return _in_chunks(each, clean.detach(), patched, weights)
+
+
+def cross_entropy(
+    patched: Float[Tensor, "row vocab"], tokens: Int[Tensor, " row"], weights: Float[Tensor, " row"]
+) -> Float[Tensor, ""]:
+    """sum over rows of weight * -log softmax(patched)[token], nats."""
+    each = lambda q, t, w: (w * F.cross_entropy(q.float(), t, reduction="none")).sum()  # noqa: E731
+    return _in_chunks(each, patched, tokens, weights)
+
+
+def _log_p(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
+    return logits.float().log_softmax(-1)
+
+
+def _in_chunks(each: Any, *rows: Tensor) -> Tensor:
+    """The sum of `each` over chunks of rows, whose intermediate values are made again for the gradient, not kept."""
+    n_values = max(tensor.shape[1] for tensor in rows if tensor.ndim == 2)
+    parts = zip(*(tensor.split(max(1, CHUNK_VALUES // n_values)) for tensor in rows), strict=True)
+    # Nothing in it is random.
+    sums = [checkpoint(each, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.stack(sums).sum()  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A dictionary that works on scaled activations, as the target meets it: on raw ones."""
+
+    dictionary: SparseDictionary
+    s_read: Mapping[Site, Float[Tensor, " width"]]
+    s_write: Mapping[Site, Float[Tensor, " width"]]
+
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        return self.dictionary.reads
+
+    @property
+    def writes(self) -> tuple[Site, ...]:
+        return self.dictionary.writes
+
+    def live_run(self) -> "_ScaledRun":
+        return _ScaledRun(self, self.dictionary.live_run())
+
+
+@dataclass(frozen=True)
+class _ScaledRun:
+    of: _Scaled
+    run: LiveRun
+
+    def read(self, site: Site, value: Float[Tensor, "token width"]) -> None:
+        self.run.read(site, value / self.of.s_read[site])
+
+    def write(self, site: Site) -> Float[Tensor, "token width"]:
+        return self.run.write(site) * self.of.s_write[site]
+
+    def active(self) -> Any:
+        return self.run.active()
+
+
+class EndToEndObjective(nn.Module):
+    """A local objective, and beside it the damage done to the target's predictions. Batches are `CleanBatch`es.
+
+    all      every written site is replaced at once; reads are taken inside the patched run. In training, batchtopk
+             selects among the kept positions of the batch, in each group when its turn comes.
+    single   one written site at a time is replaced by its clean reconstruction, drawn anew each step from torch's
+             generator, which the loop keeps and restores.
+
+    With end_to_end=none it is the local objective, on batches of sequences.
+    """
+
+    def __init__(self, local: DictionaryObjective, target: Target) -> None:
+        super().__init__()
+        self.local, self.target = local, target
+
+    @property
+    def cfg(self) -> DecompositionConfig:
+        return self.local.cfg
+
+    @property
+    def dictionary(self) -> SparseDictionary:
+        return self.local.dictionary
+
+    def loss(self, batch: CleanBatch, progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Loss and detached metrics: those of the local objective, and `end_to_end` in nats a prediction."""
+        local, terms = self.local.loss(batch.clean, progress)
+        if self.cfg.end_to_end is EndToEnd.none:
+            return local, terms
+        damage = self.damage(batch)
+        weighted = self.cfg.end_to_end_coefficient * damage
+        loss = local + weighted
+        own = {"loss": loss.detach(), "end_to_end": damage.detach(), "loss/end_to_end": weighted.detach()}
+        return loss, {**terms, **own}
+
+    def damage(self, batch: CleanBatch) -> Float[Tensor, ""]:
+        """Nats a prediction; see the top of the file."""
+        with self.target.patch(self._replacements(batch)):
+            patched = self.target.logits(batch.tokens).flatten(0, 1)
+        # The last position of a sequence predicts nothing that is known: its weight is 0.
+        weights = F.pad(batch.predicts.float(), (0, 1)).flatten() / batch.n_predictions
+        match self.cfg.end_to_end:
+            case EndToEnd.kl:
+                assert batch.logits is not None, "the divergence from clean predictions needs the clean logits"
+                return kl_divergence(batch.logits.flatten(0, 1), patched, weights)
+            case EndToEnd.ce:
+                return cross_entropy(patched, F.pad(batch.tokens[:, 1:], (0, 1)).flatten(), weights)
+            case EndToEnd.none:
+                raise AssertionError("no damage is asked for")
+
+    def _replacements(self, batch: CleanBatch) -> dict[Site, Replace]:
+        dictionary, s_read, s_write = self.dictionary, self.local.s_read, self.local.s_write
+        match self.cfg.end_to_end_sites:
+            case Together.all:
+                scales = _by_site(s_read, dictionary.read_layout), _by_site(s_write, dictionary.write_layout)
+                return live(batch, [_Scaled(dictionary, *scales)], dictionary.writes)[0]
+            case Together.single:
+                site = dictionary.writes[int(torch.randint(len(dictionary.writes), ()))]
+                spans = self.local.layout.spans
+                x = torch.cat([batch.clean[:, spans[read]] for read in dictionary.read_layout.sites], 1) / s_read
+                y_hat, _ = dictionary(x)
+                written = dictionary.write_layout.spans[site]
+                return pasted(batch, {site: y_hat[:, written] * s_write[written]})
+
+    def before_step(self) -> None:
+        self.local.before_step()
+
+    def after_step(self) -> None:
+        self.local.after_step()
+
+    def finished(self) -> SparseDictionary:
+        return self.local.finished()
+
+
+def _by_site(columns: Float[Tensor, " width"], layout: Layout) -> dict[Site, Float[Tensor, " _"]]:
+    return {site: columns[span] for site, span in layout.spans.items()}
