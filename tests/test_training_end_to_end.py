@@ -1,5 +1,6 @@
 """Laws of training through the target: gradients against autograd through models patched by hand, and what resumes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,14 @@ import torch.nn.functional as F
 from decomposition_parts import CPU, config
 from evaluation_parts import ToyTarget
 from evaluation_parts import text as text_batch
+from experiment_parts import small_target
+from test_training_dictionaries import Stopping
 from torch import Tensor
+from training_parts import QUIET
 
+from nndecomp import build
+from nndecomp.build.end_to_end import sequences
+from nndecomp.config.compose import compose
 from nndecomp.config.schema import (
     Activation,
     ActivationsConfig,
@@ -21,8 +28,12 @@ from nndecomp.config.schema import (
 from nndecomp.decompositions.architectures import build_dictionary
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.objective import DictionaryObjective
+from nndecomp.errors import SettingError
 from nndecomp.training import end_to_end
 from nndecomp.training.end_to_end import EndToEndObjective, cross_entropy, kl_divergence
+from nndecomp.training.log import Log
+from nndecomp.training.loop import train
+from nndecomp.training.preemption import Preempted
 from nndecomp.training.sequences import CleanBatch, CleanSequences
 from nndecomp.types import Point, Site
 
@@ -244,3 +255,74 @@ def test_without_predictions_the_clean_pass_gives_the_same_rows():
     assert torch.equal(whole.clean, part.clean) and part.logits is None
     batch, keep = text_batch()
     assert len(whole.clean) == int(keep.sum()) and whole.n_predictions == int((batch.mask[:, 1:]).sum())
+
+
+def attempt(out: Path, model: Path, stop_after: int = -1, *overrides: str) -> dict[str, Any]:
+    """Builds everything anew, as a job that starts does, and trains."""
+    small = [f"target.path={model}", "training.n_tokens=1024", "compare.k=[4]", "decomposition.dead_after_tokens=500"]
+    damage = ["decomposition.end_to_end=kl", "decomposition.end_to_end_coefficient=1", "training.batch_tokens=128"]
+    cfg = compose("exp_000_quickstart", ["+scale=smoke", *small, *damage, *overrides])
+    torch.manual_seed(cfg.seed)
+    target = build.target(cfg)
+    members = build.trainable(cfg)
+    made = {
+        name: build_dictionary(each.config, target.shape, each.seed, CPU, target.name) for name, each in members.items()
+    }
+    batches = sequences(
+        cfg, target, sorted({site for each in made.values() for site in (*each.reads, *each.writes)}), members
+    )
+    objectives = {
+        name: EndToEndObjective(
+            DictionaryObjective(each, members[name].config, batches.layout, dict.fromkeys(batches.layout.sites, 1.0)),
+            target,
+        )
+        for name, each in made.items()
+    }
+    with Log(out, QUIET) as log:
+        train(objectives, Stopping(batches, stop_after), cfg.training, out, log=log, description="end to end")
+    return {name: each.state_dict() for name, each in objectives.items()}
+
+
+@pytest.mark.parametrize("sites", [pytest.param("all", marks=pytest.mark.slow), "single"])
+def test_stopped_and_started_again_it_ends_as_if_never_stopped(tmp_path: Path, sites: str):
+    model = small_target(tmp_path / "model")
+    overrides = [f"decomposition.end_to_end_sites={sites}", "compare.architectures=[cross_layer_transcoder]"]
+    whole = attempt(tmp_path / "whole", model, -1, *overrides)
+    with pytest.raises(Preempted):
+        attempt(tmp_path / "cut", model, 5, *overrides)
+    resumed = attempt(tmp_path / "cut", model, -1, *overrides)
+    for name, state in whole.items():
+        assert all(torch.equal(state[key], resumed[name][key]) for key in state), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["training.batch_tokens=100"], "training.batch_tokens=100 must be a multiple of tokens.seq_len=32"),
+        (["decomposition.scope=all"], "decomposition.scope=all lets features of all groups"),
+        (
+            ["+compare.variants.cc={architecture: crosscoder, reads: [mlp_out], writes: [mlp_out]}"],
+            "decomposition.end_to_end_sites=all cannot be done with cc_k4, since group shared reads L3.mlp_out, which runs "
+            "after L0.mlp_out",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_through_the_target_is_refused_in_one_sentence(overrides: list[str], said: str):
+    damage = ["decomposition.end_to_end=kl", "decomposition.end_to_end_coefficient=1", "compare.k=[4]"]
+    small = ["compare.architectures=[per_layer_transcoder]", *damage]
+    with pytest.raises(SettingError) as refused:
+        build.check(compose("exp_000_quickstart", ["+scale=smoke", *small, *overrides]), trains=True)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_crosscoder_is_trained_one_site_at_a_time():
+    """What it reads lies behind what it writes; its clean reconstruction of one site needs no order."""
+    made = objective(
+        ToyTarget(N_LAYERS),
+        architecture=Architecture.crosscoder,
+        reads=["mlp_out"],
+        writes=["mlp_out"],
+        end_to_end_sites=Together.single,
+    )
+    loss, terms = made.loss(batch_of(made), 0.0)
+    assert loss.isfinite() and float(terms["end_to_end"]) > 0.1

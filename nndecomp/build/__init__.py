@@ -5,20 +5,20 @@ settings -> target -> tokens -> stream of rows -> objectives -> trained dictiona
 
 from nndecomp.build.data import harvester, scales, store, stream, target
 from nndecomp.build.measuring import Heldout, baselines, heldout, measured, reported, scores
+from nndecomp.build.members import Member, decompositions, members, of_architecture
 from nndecomp.build.settings import (
     check,
     check_length,
     check_runs,
     decomposed_sites,
-    decompositions,
     device,
-    of_architecture,
     trainable,
 )
 from nndecomp.build.training import looking, trained
 
 __all__ = [
     "Heldout",
+    "Member",
     "baselines",
     "check",
     "check_length",
@@ -30,6 +30,7 @@ __all__ = [
     "heldout",
     "looking",
     "measured",
+    "members",
     "of_architecture",
     "reported",
     "scales",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 from nndecomp.build.data import harvester
-from nndecomp.build.settings import decompositions
+from nndecomp.build.members import decompositions
 
 
 def baselines(cfg: RunConfig, target: Target) -> dict[str, NeuronBaseline]:

@@ -1,21 +1,18 @@
-"""Which decompositions a run has, and whether its settings fit each other and the target; no weight is loaded."""
+"""Whether settings fit each other and the target; no weight is loaded."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from nndecomp.activations.buffer import check_capacity
 from nndecomp.activations.harvest import check_positions
 from nndecomp.activations.store import open_store
+from nndecomp.build.end_to_end import check_batches, check_wiring, is_end_to_end
+from nndecomp.build.members import Member, decompositions, members
 from nndecomp.config.compose import load
 from nndecomp.config.schema import (
-    Activation,
     ActivationsKind,
     Architecture,
-    Decoder,
-    DecompositionConfig,
     RunConfig,
     TargetConfig,
     require,
@@ -26,9 +23,6 @@ from nndecomp.targets.load import target_shape
 from nndecomp.targets.pair import paired_shape
 from nndecomp.training.log import check_log
 from nndecomp.types import Site
-
-if TYPE_CHECKING:
-    pass
 
 
 def device(cfg: RunConfig) -> torch.device:
@@ -46,37 +40,6 @@ def device(cfg: RunConfig) -> torch.device:
     return torch.device(cfg.device)
 
 
-def decompositions(cfg: RunConfig) -> dict[str, DecompositionConfig]:
-    """Every decomposition of a run by name: the one of `decomposition`, or the grid of `compare`."""
-    if cfg.compare is None:
-        return {cfg.decomposition.architecture.value: cfg.decomposition}
-    return {
-        f"{architecture.value}_k{k}": of_architecture(cfg.decomposition, architecture, k)
-        for architecture in cfg.compare.architectures
-        for k in cfg.compare.k
-    }
-
-
-def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int) -> DecompositionConfig:
-    """The same settings with another wiring, where it takes the place of the MLPs, as its file in conf/ has it."""
-    match architecture:
-        case Architecture.per_layer_sae:
-            reads, changes = ["mlp_out"], {"skip": False, "centre_input": True, "decoder": Decoder.unit_norm}
-        case Architecture.per_layer_transcoder | Architecture.cross_layer_transcoder:
-            reads, changes = ["mlp_in"], {}
-        case Architecture.neurons:
-            # Their number is the target's d_mlp; n_features only must not refuse k.
-            reads, changes = ["mlp_hidden"], {"activation": Activation.topk, "n_features": max(cfg.n_features, k)}
-        case other:
-            require(
-                False,
-                f"compare.architectures has {other.value}, which does not take the place of all MLPs; "
-                "write per_layer_sae, per_layer_transcoder, cross_layer_transcoder or neurons",
-            )
-            raise AssertionError
-    return replace(cfg, architecture=architecture, reads=reads, writes=["mlp_out"], k=k, **changes)
-
-
 def check(cfg: RunConfig, trains: bool = False) -> None:
     """Refuses (SettingError) what sizes alone can refuse: no weight is loaded, nothing is written.
 
@@ -90,7 +53,8 @@ def check(cfg: RunConfig, trains: bool = False) -> None:
     check_length(cfg, shape)
     check_positions(cfg.activations, cfg.tokens.seq_len)
     if trains:
-        trainable(cfg)
+        for name, each in trainable(cfg).items():
+            check_wiring(name, each.config, shape)
     if cfg.runs:
         check_runs(cfg)
     sites = decomposed_sites(cfg, shape)
@@ -140,12 +104,14 @@ def _named(setting: str, target: TargetConfig | None) -> str:
     return f"{setting}.path={target.path} (revision {target.revision}, {target.dtype.value})"
 
 
-def trainable(cfg: RunConfig) -> dict[str, DecompositionConfig]:
-    """The decompositions to train; SettingError if there is none, or the buffer cannot hold their rows."""
-    every = decompositions(cfg)
-    configs = {name: each for name, each in every.items() if each.architecture is not Architecture.neurons}
-    require(bool(configs), "decomposition.architecture=neurons is a baseline that is never trained; write another one")
-    if cfg.activations.kind is ActivationsKind.live:
+def trainable(cfg: RunConfig) -> dict[str, Member]:
+    """The decompositions to train; SettingError if there is none, or their batches cannot be made."""
+    every = members(cfg)
+    found = {name: each for name, each in every.items() if each.config.architecture is not Architecture.neurons}
+    require(bool(found), "decomposition.architecture=neurons is a baseline that is never trained; write another one")
+    if is_end_to_end(found):
+        check_batches(cfg)
+    elif cfg.activations.kind is ActivationsKind.live:
         rows_at_most = cfg.activations.batch_seqs * cfg.tokens.seq_len
         check_capacity(cfg.activations.buffer_tokens, cfg.training.batch_tokens, rows_at_most)
-    return configs
+    return found

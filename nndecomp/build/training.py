@@ -3,8 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from nndecomp.build.data import scales, stream
+from nndecomp.build.end_to_end import is_end_to_end, sequences
+from nndecomp.build.measuring import heldout, measured, scores
+from nndecomp.build.members import Member
+from nndecomp.build.settings import trainable
 from nndecomp.config.schema import (
     Patched,
     RunConfig,
@@ -14,30 +18,33 @@ from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.objective import DictionaryObjective
 from nndecomp.targets.base import Target
 from nndecomp.tokens import heldout_tokens
+from nndecomp.training.end_to_end import EndToEndObjective
 from nndecomp.training.log import Log
 from nndecomp.training.loop import train
 
-if TYPE_CHECKING:
-    pass
 
-from nndecomp.build.data import scales, stream
-from nndecomp.build.measuring import heldout, measured, scores
-from nndecomp.build.settings import trainable
+def trained(
+    cfg: RunConfig, target: Target, out: Path, members: Mapping[str, Member] | None = None
+) -> dict[str, SparseDictionary]:
+    """Trains every dictionary of the run on one stream, going on from a checkpoint, and saves them.
 
-
-def trained(cfg: RunConfig, target: Target, out: Path) -> dict[str, SparseDictionary]:
-    """Trains every dictionary of the run on one stream, going on from a checkpoint, and saves them."""
-    configs = trainable(cfg)
+    members: what to train, where it is not what the settings name.
+    """
+    members = trainable(cfg) if members is None else members
     heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
     dictionaries = {
-        name: build_dictionary(each, target.shape, cfg.seed, target.device, target.name)
-        for name, each in configs.items()
+        name: build_dictionary(each.config, target.shape, each.seed, target.device, target.name)
+        for name, each in members.items()
     }
     sites = sorted({site for each in dictionaries.values() for site in (*each.reads, *each.writes)})
-    rows, site_scale = stream(cfg, target, sites), scales(cfg, target, sites)
-    objectives = {
-        name: DictionaryObjective(each, configs[name], rows.layout, site_scale) for name, each in dictionaries.items()
+    through = is_end_to_end(members)
+    rows = sequences(cfg, target, sites, members) if through else stream(cfg, target, sites)
+    site_scale = scales(cfg, target, sites)
+    local = {
+        name: DictionaryObjective(each, members[name].config, rows.layout, site_scale)
+        for name, each in dictionaries.items()
     }
+    objectives = {name: EndToEndObjective(each, target) for name, each in local.items()} if through else local
     evaluate = looking(cfg, target, objectives, out.name) if cfg.training.evaluate_every else None
     with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as progress:
         train(objectives, rows, cfg.training, out, log=progress, evaluate=evaluate, description=cfg.name)
@@ -48,7 +55,7 @@ def trained(cfg: RunConfig, target: Target, out: Path) -> dict[str, SparseDictio
 
 
 def looking(
-    cfg: RunConfig, target: Target, objectives: Mapping[str, DictionaryObjective], run: str
+    cfg: RunConfig, target: Target, objectives: Mapping[str, DictionaryObjective | EndToEndObjective], run: str
 ) -> Callable[[int], dict[str, float]]:
     """What the loop calls for held-out scores on the way; the text is read once."""
     quick = replace(cfg, evaluation=replace(cfg.evaluation, patched=[Patched.all], bootstrap=0))

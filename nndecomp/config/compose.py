@@ -1,14 +1,15 @@
 """From Hydra's tree, a saved file, or a name and overrides, to one checked RunConfig."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nndecomp.config.registry import CONF, register
-from nndecomp.config.schema import RunConfig
+from nndecomp.config.schema import DecompositionConfig, RunConfig
 from nndecomp.config.sentences import COMPOSITION_ERRORS, NULL_GROUP, sentence
 from nndecomp.errors import SettingError
 
@@ -34,6 +35,14 @@ def resolve(raw: DictConfig) -> RunConfig:
         cfg = OmegaConf.to_object(checked)
     assert isinstance(cfg, RunConfig), f"composed a {type(cfg).__name__}"
     return cfg
+
+
+def changed(cfg: DecompositionConfig, settings: Mapping[str, Any]) -> DecompositionConfig:
+    """The same decomposition with some settings, as YAML has them, in place of its own; checked as it is."""
+    with refusing():
+        new = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cfg), OmegaConf.create(dict(settings))))
+    assert isinstance(new, DecompositionConfig), f"merged a {type(new).__name__}"
+    return new
 
 
 def compose_tree(name: str, overrides: Sequence[str] = (), with_hydra: bool = False) -> DictConfig:

@@ -163,18 +163,3 @@ class DecompositionConfig:
     @property
     def _pursues(self) -> bool:
         return self.activation is Activation.matching_pursuit
-
-
-@dataclass(kw_only=True)
-class CompareConfig:
-    """A grid of decompositions trained together on one stream, each otherwise as `decomposition` says."""
-
-    architectures: list[Architecture]
-    k: list[int]
-
-    def __post_init__(self) -> None:
-        for name, values in (("architectures", [each.value for each in self.architectures]), ("k", self.k)):
-            require(
-                len(values) == len(set(values)) > 0,
-                f"compare.{name}={values} must name at least one, and each once",
-            )

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from nndecomp.config.activations import ActivationsConfig, ActivationsKind, Normalisation
 from nndecomp.config.checks import DType, require
-from nndecomp.config.decomposition import CompareConfig, DecompositionConfig
+from nndecomp.config.compare import CompareConfig
+from nndecomp.config.decomposition import DecompositionConfig
 from nndecomp.config.evaluation import EvaluationConfig, Inputs, Patched
 from nndecomp.config.kinds import (
     Activation,

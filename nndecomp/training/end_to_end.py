@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nndecomp.config.schema import DecompositionConfig, EndToEnd, Together
+from nndecomp.config.schema import DecompositionConfig, EndToEnd, Together, TrainingConfig
 from nndecomp.decompositions.base import LiveRun
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.objective import DictionaryObjective
@@ -165,6 +165,12 @@ class EndToEndObjective(nn.Module):
 
     def after_step(self) -> None:
         self.local.after_step()
+
+    def own_training(self, cfg: TrainingConfig) -> TrainingConfig:
+        return self.local.own_training(cfg)
+
+    def lr_shares(self) -> dict[str, float]:
+        return {f"local.{name}": share for name, share in self.local.lr_shares().items()}
 
     def finished(self) -> SparseDictionary:
         return self.local.finished()

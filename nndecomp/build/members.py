@@ -1,0 +1,77 @@
+"""Which decompositions a run has: the one of `decomposition`, or the grid of `compare`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nndecomp.config.compose import changed
+from nndecomp.config.schema import (
+    Activation,
+    Architecture,
+    CompareConfig,
+    Decoder,
+    DecompositionConfig,
+    RunConfig,
+    require,
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One decomposition of a run, and the seed of its first weights."""
+
+    config: DecompositionConfig
+    seed: int
+
+
+def members(cfg: RunConfig) -> dict[str, Member]:
+    """Every decomposition of a run by name: `<architecture or variant>_k<k>_seed<seed>`, of what the grid varies."""
+    if cfg.compare is None:
+        return {cfg.decomposition.architecture.value: Member(cfg.decomposition, cfg.seed)}
+    seeds = {"": cfg.seed} if cfg.compare.seeds is None else {f"_seed{seed}": seed for seed in cfg.compare.seeds}
+    found = {}
+    for name, each in _grid(cfg.decomposition, cfg.compare).items():
+        # What is never trained has no first weights.
+        own = {"": cfg.seed} if each.architecture is Architecture.neurons else seeds
+        found |= {f"{name}{suffix}": Member(each, seed) for suffix, seed in own.items()}
+    return found
+
+
+def decompositions(cfg: RunConfig) -> dict[str, DecompositionConfig]:
+    """The settings of every decomposition of a run by name."""
+    return {name: member.config for name, member in members(cfg).items()}
+
+
+def _grid(base: DecompositionConfig, compare: CompareConfig) -> dict[str, DecompositionConfig]:
+    found = {
+        f"{architecture.value}_k{k}": of_architecture(base, architecture, k)
+        for architecture in compare.architectures
+        for k in compare.k
+    }
+    for name, settings in compare.variants.items():
+        found |= {f"{name}{suffix}": changed(base, each) for suffix, each in _over_k(settings, compare.k).items()}
+    return found
+
+
+def _over_k(settings: Mapping[str, Any], ks: list[int]) -> dict[str, Mapping[str, Any]]:
+    return {"": settings} if "k" in settings else {f"_k{k}": {**settings, "k": k} for k in ks}
+
+
+def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int) -> DecompositionConfig:
+    """The same settings with another wiring, where it takes the place of the MLPs, as its file in conf/ has it."""
+    match architecture:
+        case Architecture.per_layer_sae:
+            reads, changes = ["mlp_out"], {"skip": False, "centre_input": True, "decoder": Decoder.unit_norm}
+        case Architecture.per_layer_transcoder | Architecture.cross_layer_transcoder:
+            reads, changes = ["mlp_in"], {}
+        case Architecture.neurons:
+            # Their number is the target's d_mlp; n_features only must not refuse k.
+            reads, changes = ["mlp_hidden"], {"activation": Activation.topk, "n_features": max(cfg.n_features, k)}
+        case other:
+            require(
+                False,
+                f"compare.architectures has {other.value}, which does not take the place of all MLPs; "
+                "write per_layer_sae, per_layer_transcoder, cross_layer_transcoder or neurons",
+            )
+            raise AssertionError
+    return replace(cfg, architecture=architecture, reads=reads, writes=["mlp_out"], k=k, **changes)
