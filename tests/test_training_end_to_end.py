@@ -30,11 +30,11 @@ from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.objective import DictionaryObjective
 from nndecomp.errors import SettingError
 from nndecomp.training import end_to_end
+from nndecomp.training.clean_sequences import CleanBatch, CleanSequences
 from nndecomp.training.end_to_end import EndToEndObjective, cross_entropy, kl_divergence
 from nndecomp.training.log import Log
 from nndecomp.training.loop import train
 from nndecomp.training.preemption import Preempted
-from nndecomp.training.sequences import CleanBatch, CleanSequences
 from nndecomp.types import Point, Site
 
 N_LAYERS = 3

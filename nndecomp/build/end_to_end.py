@@ -18,7 +18,7 @@ from nndecomp.decompositions.architectures import dictionary_spec
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.targets.base import Shape, Target
 from nndecomp.tokens import open_tokens
-from nndecomp.training.sequences import CleanSequences
+from nndecomp.training.clean_sequences import CleanSequences
 from nndecomp.types import Site
 
 

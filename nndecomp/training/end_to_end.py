@@ -26,7 +26,7 @@ from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.objective import DictionaryObjective
 from nndecomp.decompositions.replacing import live, pasted
 from nndecomp.targets.base import Replace, Target
-from nndecomp.training.sequences import CleanBatch
+from nndecomp.training.clean_sequences import CleanBatch
 from nndecomp.types import Layout, Site
 
 # Log-probabilities that exist at a time: 256 MiB in float32.
