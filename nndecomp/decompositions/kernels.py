@@ -123,7 +123,7 @@ def split_support(support: Support, widths: Sequence[int]) -> list[Support]:
     ]
 
 
-def _bag(
+def bag(
     indices: Tensor, table: Float[Tensor, "row d"], offsets: Tensor, weights: Float[Tensor, "slot"]
 ) -> Float[Tensor, "bag d"]:
     """bag[b] = sum over slots s of bag b of weights[s] * table[indices[s]].
@@ -135,10 +135,17 @@ def _bag(
     )
 
 
-def _feature_sums(support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"]) -> Tensor:
+def feature_sums(support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"]) -> Tensor:
     """[feature, d]: for each feature the weighted sum of the rows of the tokens it is active on."""
     order, bounds = support.by_feature
-    return _bag(support.tokens[order], rows, bounds, weights[order])
+    return bag(support.tokens[order], rows, bounds, weights[order])
+
+
+def dots(rows: Float[Tensor, "token d"], table: Float[Tensor, "feature d"], support: Support) -> Float[Tensor, "slot"]:
+    """rows[token] . table[feature] at every slot, without gathering rows. No gradient."""
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows, table, support.indices, support.offsets[:-1], support.tokens, 0
+    )
 
 
 class _ActivePre(torch.autograd.Function):
@@ -157,8 +164,8 @@ class _ActivePre(torch.autograd.Function):
         x, W_enc = ctx.saved_tensors
         support: Support = ctx.support
         need_x, need_W, need_b, *_ = ctx.needs_input_grad
-        grad_x = _bag(support.indices, W_enc, support.offsets, grad) if need_x else None
-        grad_W = _feature_sums(support, x, grad) if need_W else None
+        grad_x = bag(support.indices, W_enc, support.offsets, grad) if need_x else None
+        grad_W = feature_sums(support, x, grad) if need_W else None
         grad_b = grad.new_zeros(support.n_features).index_add_(0, support.indices, grad) if need_b else None
         return grad_x, grad_W, grad_b, None, None
 
@@ -180,7 +187,7 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, support: Support) -> Float[Tensor, "token d_write"]:
         ctx.save_for_backward(values, W_dec)
         ctx.support = support
-        return _bag(support.indices, W_dec, support.offsets, values)
+        return bag(support.indices, W_dec, support.offsets, values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,11 +196,9 @@ class _Decode(torch.autograd.Function):
         support: Support = ctx.support
         grad_values = grad_W = None
         if ctx.needs_input_grad[0]:  # grad_values[s] = grad[token of s] . W_dec[feature of s], without gathering rows
-            grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                grad, W_dec, support.indices, support.offsets[:-1], support.tokens, 0
-            )
+            grad_values = dots(grad, W_dec, support)
         if ctx.needs_input_grad[1]:
-            grad_W = _feature_sums(support, grad, values)
+            grad_W = feature_sums(support, grad, values)
         return grad_values, grad_W, None
 
 
