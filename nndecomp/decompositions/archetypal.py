@@ -1,9 +1,9 @@
 """Archetypal decoders: rows near the convex hull of data, which two seeds then agree on (Fel et al. 2025, arXiv 2502.12892).
 
-    W_dec = (softmax(A) @ C + R) e^m      A [feature, archetype], C [archetype, d_write] data points around their mean,
-                                          R [feature, d_write] with |R_i| <= slack * mean |C_j|, m one number
+    W_dec = (softmax(A) @ C + R) e^m      A [feature, archetype], C [archetype, d_write] data points less b_dec,
+                                          R [feature, d_write] with |R_i| <= slack * mean |C_j - mean C|, m one number
 
-While it is trained, W_dec is computed from A, R and m wherever it is read; `bake` makes it a plain parameter.
+While it is trained, W_dec is computed from A, R and m wherever it is read; `baked` makes plain parameters of them.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nndecomp.decompositions.group import Group
+from nndecomp.decompositions.groups import SparseDictionary
 
 # Weight with which a row begins on its own archetype; the rest is even over the others, so that all can be learned.
 _OWN_WEIGHT = 0.9
@@ -31,7 +32,7 @@ class Archetypes(nn.Module):
         self.C: Tensor
         self.radius: Tensor
         self.register_buffer("C", torch.zeros(n_archetypes, d_write))
-        self.register_buffer("radius", torch.zeros(()))  # mean |C_j|
+        self.register_buffer("radius", torch.zeros(()))  # mean |C_j - mean C|
 
     def forward(self, R: Float[Tensor, "feature d_write"]) -> Float[Tensor, "feature d_write"]:
         with torch.autocast(R.device.type, enabled=False):
@@ -48,24 +49,23 @@ class Archetypes(nn.Module):
         return torch.zeros_like(W_dec)
 
 
-def make_archetypal(bank: Group, n_archetypes: int, slack: float) -> None:
-    """Replaces a group's W_dec; it is zero until `place`."""
+def replace_decoder(bank: Group, n_archetypes: int, slack: float) -> None:
+    """From here on W_dec is computed; it is zero until `place` or a checkpoint fills the archetypes."""
     archetypes = Archetypes(bank.n_features, bank.W_dec.shape[1], n_archetypes, slack).to(bank.W_dec.device)
     parametrize.register_parametrization(bank, "W_dec", archetypes, unsafe=True)
 
 
 @torch.no_grad()
-def place(bank: Group, y: Float[Tensor, "row d_write"], norm: float) -> None:
-    """Archetypes from rows of what the group writes, evenly drawn; each feature starts at one of them, the rows' norms at
+def place(bank: Group, points: Float[Tensor, "row d_write"], norm: float) -> None:
+    """Archetypes are rows of what the group writes, around b_dec. Each feature starts at one of them, and rows of W_dec have
     `norm` on average.
     """
     archetypes = archetypes_of(bank)
     n = len(archetypes.C)
-    assert len(y) >= n, f"{n} archetypes from {len(y)} rows"
-    C = y[torch.linspace(0, len(y) - 1, n, device=y.device).long()] - y.mean(0)
-    archetypes.C.copy_(C)
-    archetypes.radius.copy_(C.norm(dim=1).mean())
-    own = torch.arange(bank.n_features, device=y.device) % n
+    assert len(points) >= n, f"{n} archetypes from {len(points)} rows"
+    archetypes.C.copy_(points[torch.linspace(0, len(points) - 1, n, device=points.device).long()])
+    archetypes.radius.copy_((archetypes.C - archetypes.C.mean(0)).norm(dim=1).mean())
+    own = torch.arange(bank.n_features, device=points.device) % n
     # Of n logits, one at l and the others at 0: its weight is e^l / (e^l + n - 1).
     logit = math.log(_OWN_WEIGHT / (1 - _OWN_WEIGHT) * max(n - 1, 1))
     archetypes.A.zero_().scatter_(1, own[:, None], logit)
@@ -80,6 +80,10 @@ def archetypes_of(bank: Group) -> Archetypes:
     return archetypes
 
 
-def bake(bank: Group) -> None:
-    """W_dec as a plain parameter, with the values it has now."""
-    parametrize.remove_parametrizations(bank, "W_dec", leave_parametrized=True)
+def baked(dictionary: SparseDictionary) -> SparseDictionary:
+    """A copy whose W_dec are plain parameters, with the values they have now."""
+    plain = SparseDictionary(dictionary.spec).to(dictionary.b_dec)
+    state = {name: value for name, value in dictionary.state_dict().items() if ".parametrizations." not in name}
+    state |= {f"groups.{g}.W_dec": bank.W_dec.detach() for g, bank in enumerate(dictionary.banks)}
+    plain.load_state_dict(state)
+    return plain

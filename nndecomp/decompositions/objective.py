@@ -10,9 +10,17 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from nndecomp.config.schema import CodeNormalisation, Dead, DecompositionConfig, PreActivationLoss, TrainingConfig
-from nndecomp.decompositions import losses, penalties
+from nndecomp.config.schema import (
+    CodeNormalisation,
+    Dead,
+    Decoder,
+    DecompositionConfig,
+    PreActivationLoss,
+    TrainingConfig,
+)
+from nndecomp.decompositions import archetypal, losses, penalties
 from nndecomp.decompositions.activation_base import Selecting
 from nndecomp.decompositions.activation_pointwise import JumpRelu
 from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding
@@ -72,6 +80,9 @@ class DictionaryObjective(nn.Module):
         self._resets: Rows = []
         if cfg.unit_norm_decoder:
             self._normalise_decoder()
+        if cfg.decoder is Decoder.archetypal:
+            for bank in dictionary.banks:
+                archetypal.replace_decoder(bank, cfg.archetypes, cfg.archetypal_slack)
 
     def get_extra_state(self) -> Int[Tensor, "_"]:
         """Tokens seen, times resampled, then k of each group, which annealing may have moved."""
@@ -86,6 +97,13 @@ class DictionaryObjective(nn.Module):
 
     def loss(self, rows: Float[Tensor, "token width"], progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Loss of a batch and detached metrics. `progress`, from 0 to 1, drives the schedules of k and penalty."""
+        # An archetypal decoder is computed once a step: the first time, with its gradient.
+        with parametrize.cached():
+            decoders = [bank.W_dec for bank in self.dictionary.banks]
+            assert all(W_dec.requires_grad for W_dec in decoders if torch.is_grad_enabled()), "decoders are trained"
+            return self._loss(rows, progress)
+
+    def _loss(self, rows: Float[Tensor, "token width"], progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         x = self._columns(rows, self.dictionary.read_layout) / self.s_read
         y = self._columns(rows, self.dictionary.write_layout) / self.s_write
         if self._tokens_seen == 0 and self.training:
@@ -157,7 +175,8 @@ class DictionaryObjective(nn.Module):
 
     def finished(self) -> SparseDictionary:
         """A copy in eval mode that works on raw activations."""
-        dictionary = copy.deepcopy(self.dictionary).eval()
+        computed = self.cfg.decoder is Decoder.archetypal
+        dictionary = (archetypal.baked(self.dictionary) if computed else copy.deepcopy(self.dictionary)).eval()
         dictionary.fold(self.s_read, self.s_write)
         return dictionary
 
@@ -170,7 +189,7 @@ class DictionaryObjective(nn.Module):
     def _anneal_k(self, progress: float) -> None:
         """From k_start to k in a straight line over the first k_anneal share of training."""
         activation, start = self.dictionary.activation, self.cfg.k_start
-        if isinstance(activation, Selecting) and start is not None and self.cfg.k_anneal > 0:
+        if self.training and isinstance(activation, Selecting) and start is not None and self.cfg.k_anneal > 0:
             share = min(1.0, progress / self.cfg.k_anneal)
             activation.k = [round(start + share * (k - start)) for k in self._k]
 
