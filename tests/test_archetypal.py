@@ -23,11 +23,10 @@ SETTINGS: dict[str, Any] = {
 
 
 def placed(architecture: str = "sae", **changes: Any) -> DictionaryObjective:
+    """With the archetypes of its first batch."""
     made = objective(**ARCHITECTURES[architecture], **(SETTINGS | changes))
-    rows = planted(made.layout, 300, seed=9)
-    y = torch.cat([rows[:, made.layout.spans[site]] for site in made.dictionary.write_layout.sites], 1)
-    for bank in made.dictionary.banks:
-        archetypal.place(bank, (y - y.mean(0))[:, bank.writes], norm=1.0)
+    made.loss(planted(made.layout, 300, seed=9), 0.0)
+    made.after_step()
     return made
 
 
@@ -73,6 +72,7 @@ def test_features_start_at_data_points_with_the_norm_that_is_asked_for():
     cosine = torch.nn.functional.cosine_similarity(bank.W_dec[:, None].detach(), C[None], dim=2)
     own = cosine[torch.arange(F), torch.arange(F) % N]
     assert torch.equal(own, cosine.amax(1)) and float(own.median()) > 0.9
+    torch.testing.assert_close(bank.W_enc * bank.W_dec.norm(dim=1, keepdim=True), bank.W_dec, msg="an SAE starts tied")
     assert float(bank.W_dec.detach().norm(dim=1).mean()) == pytest.approx(1.0, rel=1e-5)
 
 

@@ -273,3 +273,26 @@ def test_the_pre_activation_loss_of_dead_features_is_of_no_other():
     torch.testing.assert_close(bank.b_enc.grad[:5], torch.full((5,), -1.0))
     assert (bank.b_enc.grad[~dead] == 0).all()
     assert bank.W_dec.grad is None or not bank.W_dec.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({**RELU, "penalty": Penalty.lp, "penalty_coefficient": 1.0}, "penalty=lp with a free decoder is won by small"),
+        ({**RELU, "penalty": Penalty.tanh, "penalty_coefficient": 1.0}, "write penalty_normalisation=sae"),
+        ({"pre_activation_loss": PreActivationLoss.dead, "pre_activation_coefficient": 1.0}, "topk has none"),
+        (
+            {**JUMP, "penalty": Penalty.l0, "penalty_coefficient": 1.0, "penalty_normalisation": CodeNormalisation.sae},
+            "penalty_normalisation=sae has no effect without",
+        ),
+        ({**JUMP, "penalty": Penalty.l0_target, "penalty_coefficient": 1.0}, "penalty_target=None does not go with"),
+        ({**RELU, "penalty": Penalty.l0, "penalty_coefficient": 1.0}, "needs decomposition.activation=jumprelu"),
+        ({**RELU, "p_end": 0.5}, "p_end=0.5 has no effect without"),
+        ({"matryoshka": [0.5, 0.4]}, "must be positive shares that add to 1"),
+        ({"matryoshka_weights": [1.0]}, "has no effect without decomposition.matryoshka"),
+    ],
+)
+def test_losses_that_make_no_sense_are_refused_in_one_sentence(settings: dict[str, Any], sentence: str):
+    with pytest.raises(SettingError, match=sentence) as refused:
+        objective(**ONE, **settings)
+    assert "\n" not in str(refused.value)

@@ -49,20 +49,23 @@ class Archetypes(nn.Module):
         return torch.zeros_like(W_dec)
 
 
+@torch.no_grad()
 def replace_decoder(bank: Group, n_archetypes: int, slack: float) -> None:
     """From here on W_dec is computed; it is zero until `place` or a checkpoint fills the archetypes."""
     archetypes = Archetypes(bank.n_features, bank.W_dec.shape[1], n_archetypes, slack).to(bank.W_dec.device)
+    archetypes.m.copy_(bank.W_dec.norm(dim=1).mean().log())
     parametrize.register_parametrization(bank, "W_dec", archetypes, unsafe=True)
 
 
 @torch.no_grad()
-def place(bank: Group, points: Float[Tensor, "row d_write"], norm: float) -> None:
-    """Archetypes are rows of what the group writes, around b_dec. Each feature starts at one of them, and rows of W_dec have
-    `norm` on average.
+def place(bank: Group, points: Float[Tensor, "row d_write"]) -> None:
+    """Archetypes are rows of what the group writes, less b_dec. Each feature starts at one of them, and rows of W_dec keep the
+    mean norm that they had before they were computed.
     """
     archetypes = archetypes_of(bank)
     n = len(archetypes.C)
     assert len(points) >= n, f"{n} archetypes from {len(points)} rows"
+    norm = archetypes.m.exp()
     archetypes.C.copy_(points[torch.linspace(0, len(points) - 1, n, device=points.device).long()])
     archetypes.radius.copy_((archetypes.C - archetypes.C.mean(0)).norm(dim=1).mean())
     own = torch.arange(bank.n_features, device=points.device) % n
@@ -70,7 +73,7 @@ def place(bank: Group, points: Float[Tensor, "row d_write"], norm: float) -> Non
     logit = math.log(_OWN_WEIGHT / (1 - _OWN_WEIGHT) * max(n - 1, 1))
     archetypes.A.zero_().scatter_(1, own[:, None], logit)
     archetypes.m.zero_()
-    archetypes.m.copy_(math.log(norm) - bank.W_dec.norm(dim=1).mean().log())
+    archetypes.m.copy_((norm / bank.W_dec.norm(dim=1).mean()).log())
 
 
 def archetypes_of(bank: Group) -> Archetypes:

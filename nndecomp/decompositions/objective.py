@@ -97,18 +97,28 @@ class DictionaryObjective(nn.Module):
 
     def loss(self, rows: Float[Tensor, "token width"], progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Loss of a batch and detached metrics. `progress`, from 0 to 1, drives the schedules of k and penalty."""
+        x = self._columns(rows, self.dictionary.read_layout) / self.s_read
+        y = self._columns(rows, self.dictionary.write_layout) / self.s_write
+        if self._tokens_seen == 0 and self.training:
+            self._begin(y)
         # An archetypal decoder is computed once a step: the first time, with its gradient.
         with parametrize.cached():
             decoders = [bank.W_dec for bank in self.dictionary.banks]
             assert all(W_dec.requires_grad for W_dec in decoders if torch.is_grad_enabled()), "decoders are trained"
-            return self._loss(rows, progress)
+            return self._loss(x, y, progress)
 
-    def _loss(self, rows: Float[Tensor, "token width"], progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        x = self._columns(rows, self.dictionary.read_layout) / self.s_read
-        y = self._columns(rows, self.dictionary.write_layout) / self.s_write
-        if self._tokens_seen == 0 and self.training:
-            with torch.no_grad():
-                self.dictionary.b_dec.copy_(y.mean(0))
+    @torch.no_grad()
+    def _begin(self, y: Float[Tensor, "token d_writes"]) -> None:
+        self.dictionary.b_dec.copy_(y.mean(0))
+        if self.cfg.decoder is Decoder.archetypal:
+            for spec, bank in zip(self.dictionary.spec.groups, self.dictionary.banks, strict=True):
+                archetypal.place(bank, y[:, bank.writes] - self.dictionary.b_dec[bank.writes])
+                if spec.reads == spec.writes:
+                    bank.W_enc.copy_(bank.W_dec / bank.W_dec.norm(dim=1, keepdim=True))
+
+    def _loss(
+        self, x: Float[Tensor, "token d_reads"], y: Float[Tensor, "token d_writes"], progress: float
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         self._anneal_k(progress)
         encoding = self.dictionary.encoding(x)
         dead = dead_features(self.tokens_since_fired, self.cfg.dead_after_tokens)
