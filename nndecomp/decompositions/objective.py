@@ -12,30 +12,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nndecomp.config.schema import (
-    CodeNormalisation,
-    Dead,
-    Decoder,
-    DecompositionConfig,
-    PreActivationLoss,
-    TrainingConfig,
-)
-from nndecomp.decompositions import archetypal, losses, penalties
+from nndecomp.config.schema import Dead, Decoder, DecompositionConfig, TrainingConfig
+from nndecomp.decompositions import archetypal, losses, terms
 from nndecomp.decompositions.activation_base import Selecting
-from nndecomp.decompositions.activation_pointwise import JumpRelu
-from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding
-from nndecomp.decompositions.dead import (
-    aux_k,
-    dead_features,
-    dead_pre_activations,
-    families,
-    fired_anywhere,
-    ghost,
-)
+from nndecomp.decompositions.codes import Codes, Encoding
+from nndecomp.decompositions.dead import dead_features, families, fired_anywhere
 from nndecomp.decompositions.groups import SparseDictionary, columns_of
-from nndecomp.decompositions.matryoshka import prefix_reconstructions
 from nndecomp.decompositions.resampling import Rows, resample
 from nndecomp.decompositions.sparsity import Sparsity
+from nndecomp.decompositions.terms import Batch
 from nndecomp.types import Layout, Site
 
 
@@ -122,16 +107,17 @@ class DictionaryObjective(nn.Module):
         self._anneal_k(progress)
         encoding = self.dictionary.encoding(x)
         dead = dead_features(self.tokens_since_fired, self.cfg.dead_after_tokens)
-        residual, fit = self._fit(encoding, x, y)
-        terms = {
+        batch = Batch(self.dictionary, self.cfg, encoding, x, y)
+        residual, fit = terms.fit(batch)
+        parts = {
             "reconstruction": self.cfg.local_coefficient * fit,
-            "gate": self._gate(encoding, x, y),
+            "gate": terms.gate(batch),
             "penalty": self.sparsity.term(self.dictionary, encoding, progress),
-            "pre_activation": self._pre_activation(encoding, x, dead),
-            "aux": self._revival(encoding, x, residual, fit, dead),
+            "pre_activation": terms.pre_activation(batch, dead),
+            "aux": self._revival(batch, residual, fit, dead),
         }
-        terms = {name: term for name, term in terms.items() if term is not None}
-        loss = torch.stack(list(terms.values())).sum()
+        parts = {name: term for name, term in parts.items() if term is not None}
+        loss = torch.stack(list(parts.values())).sum()
         if self.training:
             self._step = _Step(encoding, encoding.codes.fired(), x, residual.detach())
         return loss, {
@@ -139,7 +125,7 @@ class DictionaryObjective(nn.Module):
             "fvu": losses.fvu(residual.detach(), y, self.dictionary.write_layout),
             **self._metrics(encoding.codes, dead),
             **self.sparsity.metrics(progress),
-            **{f"loss/{name}": term.detach() for name, term in terms.items()},
+            **{f"loss/{name}": term.detach() for name, term in parts.items()},
         }
 
     @torch.no_grad()
@@ -203,81 +189,13 @@ class DictionaryObjective(nn.Module):
             share = min(1.0, progress / self.cfg.k_anneal)
             activation.k = [round(start + share * (k - start)) for k in self._k]
 
-    def _fit(
-        self, encoding: Encoding, x: Float[Tensor, "token d_reads"], y: Float[Tensor, "token d_writes"]
-    ) -> tuple[Float[Tensor, "token d_writes"], Float[Tensor, ""]]:
-        """y - y_hat, and the reconstruction loss: with matryoshka the weighted sum over prefixes."""
-        cfg, layout = self.cfg, self.dictionary.write_layout
-        if cfg.matryoshka is None:
-            residual = y - self.dictionary.decode(encoding.codes, x)
-            return residual, losses.reconstruction(residual, y, cfg.reconstruction, layout)
-        residuals = [y - y_hat for y_hat in prefix_reconstructions(self.dictionary, encoding.codes, x, cfg.matryoshka)]
-        weights = cfg.matryoshka_weights or [1 / len(residuals)] * len(residuals)
-        fits = [
-            weight * losses.reconstruction(residual, y, cfg.reconstruction, layout)
-            for weight, residual in zip(weights, residuals, strict=True)
-        ]
-        return residuals[-1], torch.stack(fits).sum()
-
-    def _gate(
-        self, encoding: Encoding, x: Float[Tensor, "token d_reads"], y: Float[Tensor, "token d_writes"]
-    ) -> Float[Tensor, ""] | None:
-        """The gate alone has to reconstruct; decoder, skip and bias learn nothing from it (Rajamanoharan et al. 2024,
-        arXiv 2404.16014, eq. 8)."""
-        if encoding.gates is None:
-            return None
-        y_hat = self.dictionary.b_dec.detach().repeat(len(y), 1)
-        for bank, gate in zip(self.dictionary.banks, encoding.gates, strict=True):
-            y_hat[:, bank.writes] += DenseCodes(gate).decode(bank.W_dec.detach())
-            if bank.W_skip is not None:
-                y_hat[:, bank.writes] += x[:, bank.reads] @ bank.W_skip.detach()
-        fit = losses.reconstruction(y - y_hat, y, self.cfg.reconstruction, self.dictionary.write_layout)
-        return self.cfg.gate_coefficient * fit
-
-    def _pre_activation(
-        self, encoding: Encoding, x: Float[Tensor, "token d_reads"], dead: Bool[Tensor, "all_features"]
-    ) -> Float[Tensor, ""] | None:
-        """See `penalties.pre_activation`. Where the activation function compares z c, features weigh alike."""
-        cfg, activation, banks = self.cfg, self.dictionary.activation, self.dictionary.banks
-        if cfg.pre_activation_loss is PreActivationLoss.none:
-            return None
-        thetas = [activation.threshold[g] if isinstance(activation, JumpRelu) else 0.0 for g in range(len(banks))]
-        weights = [None] * len(banks)
-        if cfg.code_normalisation is CodeNormalisation.none:
-            mixed = (cfg.mixed_weights[0], cfg.mixed_weights[1])
-            weights = [bank.scale(cfg.penalty_normalisation, mixed) for bank in banks]
-        if cfg.pre_activation_loss is PreActivationLoss.dead:
-            mask = dead.split([bank.n_features for bank in banks])
-            weights = [own if weight is None else own * weight for own, weight in zip(mask, weights, strict=True)]
-        assert encoding.pres is not None, f"pre_activation_loss with {type(activation).__name__}"
-        return cfg.pre_activation_coefficient * penalties.pre_activation(
-            encoding.pres, thetas, encoding.scales, weights
-        )
-
     def _revival(
-        self,
-        encoding: Encoding,
-        x: Float[Tensor, "token d_reads"],
-        residual: Float[Tensor, "token d_writes"],
-        fit: Float[Tensor, ""],
-        dead: Bool[Tensor, "all_features"],
+        self, batch: Batch, residual: Float[Tensor, "token d_writes"], fit: Float[Tensor, ""], dead: Bool[Tensor, "_"]
     ) -> Float[Tensor, ""] | None:
-        """Mean over groups, 0 for those without dead features; None, at no cost, before anything can be dead."""
-        cfg, banks = self.cfg, self.dictionary.banks
-        if cfg.dead not in (Dead.aux_k, Dead.ghost) or self._tokens_seen < cfg.dead_after_tokens:
+        """None, at no cost, before anything can be dead."""
+        if self.cfg.dead not in (Dead.aux_k, Dead.ghost) or self._tokens_seen < self.cfg.dead_after_tokens:
             return None
-        terms = []
-        for g, own in enumerate(self._dead_of(dead)):
-            if len(own) == 0:
-                continue
-            left, W_dec = residual[:, banks[g].writes], banks[g].W_dec[own]
-            pre = dead_pre_activations(self.dictionary, x, g, own)
-            if cfg.dead is Dead.ghost:
-                terms.append(ghost(left, pre, W_dec, fit))
-            else:
-                c = encoding.scales[g]
-                terms.append(aux_k(left, pre, None if c is None else c[own], W_dec, cfg.aux_k))
-        return cfg.aux_coefficient * torch.stack(terms).sum() / len(banks) if terms else None
+        return terms.revival(batch, residual, fit, self._dead_of(dead))
 
     def _resample(self, step: _Step) -> None:
         """Dead features start anew, with time to live."""
