@@ -35,10 +35,11 @@ log = logging.getLogger(__name__)
 SUBMITTED = "NNDECOMP_SUBMITTED_COMMIT"
 
 
-def experiment(name: str, *, trains: bool = False) -> Callable[[Main], Callable[[], None]]:
+def experiment(name: str, *, trains: bool = False, patches: bool = True) -> Callable[[Main], Callable[[], None]]:
     """Makes `main(cfg, out) -> scores` a command line program, its settings in conf/<name>.yaml.
 
     trains: it trains decompositions, so settings with which none can be trained are refused at once.
+    patches: it puts decompositions into the target, so targets that compute nothing are refused at once.
     """
 
     def wrap(main: Main) -> Callable[[], None]:
@@ -59,7 +60,7 @@ def experiment(name: str, *, trains: bool = False) -> Callable[[Main], Callable[
                 asked = command_line(name)
                 if asked.on_slurm and not all(cfg.allow_dirty for cfg in asked.jobs):
                     os.environ[SUBMITTED] = committed()  # SLURM hands the environment on to the jobs
-                check(asked.jobs, trains)
+                check(asked.jobs, trains, patches)
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
             except SettingError as error:
                 refuse(error)
@@ -75,13 +76,13 @@ def refuse(error: SettingError) -> None:
     sys.exit(2)
 
 
-def check(jobs: list[RunConfig], trains: bool) -> None:
+def check(jobs: list[RunConfig], trains: bool, patches: bool = True) -> None:
     """Everything that sizes alone can refuse, for all jobs, before a model is loaded or a directory made."""
     if jobs:
         from nndecomp import build  # late: torch takes seconds, and --help should not
 
         for cfg in jobs:
-            build.check(cfg, trains)
+            build.check(cfg, trains, patches)
 
 
 def run(cfg: RunConfig, out: Path, main: Main, overrides: Sequence[str]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nndecomp.activations.harvest import Harvester
+from nndecomp.activations.buffer import RowSource
 from nndecomp.types import Layout, Site
 
 # Numbers cast to float64 at a time: on a CPU they stay in the cache, on a GPU they are few launches.
@@ -66,11 +66,11 @@ class RunningStatistics:
         self.count, self.mean, self.m2 = state["count"], state["mean"].clone(), state["m2"].clone()
 
 
-def measure(harvester: Harvester, n_rows: int) -> RunningStatistics:
-    """Statistics of the next rows of a harvester, at least `n_rows` of them (whole forward passes)."""
-    statistics = RunningStatistics(harvester.layout.width)
+def measure(source: RowSource, n_rows: int) -> RunningStatistics:
+    """Statistics of the next rows of a source, at least `n_rows` of them (whole forward passes)."""
+    statistics = RunningStatistics(source.layout.width)
     while statistics.count < n_rows:
-        statistics.update(harvester.next_rows())
+        statistics.update(source.next_rows())
     return statistics
 
 

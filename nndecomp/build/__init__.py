@@ -3,9 +3,11 @@
 settings -> target -> tokens -> stream of rows -> objectives -> trained dictionaries -> measurements
 """
 
-from nndecomp.build.data import harvester, scales, store, stream, target
+from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
 from nndecomp.build.measuring import Heldout, baselines, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
+from nndecomp.build.presets import world
+from nndecomp.build.recovering import recovered, recovery_rows, truth
 from nndecomp.build.settings import (
     check,
     check_length,
@@ -32,12 +34,18 @@ __all__ = [
     "measured",
     "members",
     "of_architecture",
+    "recovered",
+    "recovery_rows",
     "reported",
     "scales",
     "scores",
+    "source",
     "store",
     "stream",
+    "synthetic",
     "target",
     "trainable",
     "trained",
+    "truth",
+    "world",
 ]

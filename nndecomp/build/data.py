@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nndecomp.activations.buffer import RowSource
 from nndecomp.activations.harvest import Harvester
 from nndecomp.activations.manifest import row_settings
 from nndecomp.activations.statistics import measure, site_scales
 from nndecomp.activations.store import Store, open_store, verify
 from nndecomp.activations.stream import RowStream, StoreStream, live_stream
+from nndecomp.activations.synthetic import SyntheticStream, World
 from nndecomp.config.schema import (
     ActivationsKind,
     Normalisation,
@@ -39,9 +41,25 @@ def harvester(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> Harveste
     return Harvester(target, tokens, sites, cfg.activations, seq_len=cfg.tokens.seq_len)
 
 
+def synthetic(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> World:
+    """The features that rows at `sites` are drawn from."""
+    assert cfg.activations.synthetic is not None, f"activations.kind={cfg.activations.kind.value} has no known features"
+    return World(cfg.activations.synthetic, target.shape, sites)
+
+
+def source(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> RowSource:
+    """Rows of the training split from its start, as they come: what looks at rows before training looks at."""
+    if cfg.activations.kind is ActivationsKind.synthetic:
+        n_rows = cfg.activations.batch_seqs * cfg.tokens.seq_len
+        return SyntheticStream(synthetic(cfg, target, sites), n_rows, cfg.seed, target.device)
+    return harvester(cfg, target, sites)
+
+
 def stream(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> RowStream:
     """Batches of training.batch_tokens shuffled rows at `sites`."""
     match cfg.activations.kind:
+        case ActivationsKind.synthetic:
+            return SyntheticStream(synthetic(cfg, target, sites), cfg.training.batch_tokens, cfg.seed, target.device)
         case ActivationsKind.live:
             return live_stream(harvester(cfg, target, sites), cfg.training.batch_tokens, cfg.seed)
         case ActivationsKind.store:
@@ -68,5 +86,5 @@ def scales(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> dict[Site, 
             rows = store(cfg, target, sites)
             return site_scales(rows.statistics, rows.layout)
         case Normalisation.dataset:
-            rows = harvester(cfg, target, sites)
+            rows = source(cfg, target, sites)
             return site_scales(measure(rows, cfg.activations.normalisation_tokens), rows.layout)

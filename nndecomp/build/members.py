@@ -1,9 +1,10 @@
-"""Which decompositions a run has: the one of `decomposition`, or the grid of `compare`."""
+"""Which decompositions a run has: the one of `decomposition`, or the grid of `compare`, or `presets`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nndecomp.build.presets import presets
 from nndecomp.config.compose import changed
 from nndecomp.config.schema import (
     Activation,
@@ -26,6 +27,9 @@ class Member:
 
 def members(cfg: RunConfig) -> dict[str, Member]:
     """Every decomposition of a run by name: `<architecture or variant>_k<k>_seed<seed>`, of what the grid varies."""
+    if cfg.presets:
+        sizes = cfg.decomposition.n_features, cfg.decomposition.k
+        return {name: Member(each, cfg.seed) for name, each in presets(cfg.presets, *sizes).items()}
     if cfg.compare is None:
         return {cfg.decomposition.architecture.value: Member(cfg.decomposition, cfg.seed)}
     seeds = {"": cfg.seed} if cfg.compare.seeds is None else {f"_seed{seed}": seed for seed in cfg.compare.seeds}

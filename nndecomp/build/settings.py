@@ -1,5 +1,6 @@
 """Whether settings fit each other and the target; no weight is loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,12 +10,15 @@ from nndecomp.activations.harvest import check_positions
 from nndecomp.activations.store import open_store
 from nndecomp.build.end_to_end import check_batches, check_wiring, is_end_to_end
 from nndecomp.build.members import Member, decompositions, members
+from nndecomp.build.presets import world
 from nndecomp.config.compose import load
 from nndecomp.config.schema import (
     ActivationsKind,
     Architecture,
     RunConfig,
     TargetConfig,
+    TargetKind,
+    TokensKind,
     require,
 )
 from nndecomp.decompositions.wiring import wire
@@ -40,15 +44,25 @@ def device(cfg: RunConfig) -> torch.device:
     return torch.device(cfg.device)
 
 
-def check(cfg: RunConfig, trains: bool = False) -> None:
+def check(cfg: RunConfig, trains: bool = False, patches: bool = True) -> None:
     """Refuses (SettingError) what sizes alone can refuse: no weight is loaded, nothing is written.
 
-    trains: the experiment trains decompositions.
+    trains: the experiment trains decompositions. patches: it puts them into the target.
     """
     device(cfg)
     check_log(cfg.log)
     if cfg.pretrain is not None:
         return  # the target is made by the run
+    if cfg.ground_truth is not None:
+        for name in cfg.ground_truth.worlds:
+            check(replace(world(cfg, name, cfg.ground_truth.seeds[0]), ground_truth=None), trains, patches)
+        return
+    check_kinds(cfg)
+    require(
+        not patches or cfg.target.kind is not TargetKind.synthetic,
+        "target.kind=synthetic computes nothing, so no decomposition can be put into it; measure recovery, as "
+        "exp_019_ground_truth does, or write target=planted tokens=random",
+    )
     shape = shape_of_target(cfg)
     check_length(cfg, shape)
     check_positions(cfg.activations, cfg.tokens.seq_len)
@@ -60,6 +74,21 @@ def check(cfg: RunConfig, trains: bool = False) -> None:
     sites = decomposed_sites(cfg, shape)
     if cfg.activations.store is not None:
         open_store(Path(cfg.activations.store), sites)
+
+
+def check_kinds(cfg: RunConfig) -> None:
+    """Whether target, tokens and activations can be of one run."""
+    drawn, sizes = cfg.activations.kind is ActivationsKind.synthetic, cfg.target.kind is TargetKind.synthetic
+    require(
+        drawn == sizes,
+        f"activations.kind={cfg.activations.kind.value} does not go with target.kind={cfg.target.kind.value}: rows "
+        "that are drawn need sizes alone; write target=synthetic activations=synthetic",
+    )
+    require(
+        (cfg.tokens.kind is TokensKind.random) == (cfg.target.kind is TargetKind.planted) or sizes,
+        f"tokens.kind={cfg.tokens.kind.value} does not go with target.kind={cfg.target.kind.value}: tokens that are "
+        "sets of keys are drawn evenly; write target=planted tokens=random",
+    )
 
 
 def shape_of_target(cfg: RunConfig) -> Shape:

@@ -10,6 +10,7 @@ from nndecomp.build.measuring import heldout, measured, scores
 from nndecomp.build.members import Member
 from nndecomp.build.settings import trainable
 from nndecomp.config.schema import (
+    ActivationsKind,
     Patched,
     RunConfig,
 )
@@ -31,7 +32,8 @@ def trained(
     members: what to train, where it is not what the settings name.
     """
     members = trainable(cfg) if members is None else members
-    heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
+    if cfg.activations.kind is not ActivationsKind.synthetic:
+        heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
     dictionaries = {
         name: build_dictionary(each.config, target.shape, each.seed, target.device, target.name)
         for name, each in members.items()

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 from nndecomp.config.checks import DType, require
+from nndecomp.config.synthetic import SyntheticConfig
 
 
 class ActivationsKind(Enum):
     live = "live"  # harvested from the target as training goes
     store = "store"  # read from a directory written before
+    synthetic = "synthetic"  # drawn from features that are known
 
 
 class Normalisation(Enum):
@@ -27,6 +29,7 @@ class ActivationsConfig:
     normalisation_tokens: int = 1_000_000  # rows over which the scale is measured
     drop_bos: bool = True  # mask BOS positions, whose norm dwarfs all others
     drop_first: int = 0  # positions at the start of each row to mask: attention sinks
+    synthetic: SyntheticConfig | None = None  # kind=synthetic: the features
     verify: bool = False  # kind=store: check every byte against its checksum before training
 
     def __post_init__(self) -> None:
@@ -44,4 +47,9 @@ class ActivationsConfig:
             (self.kind is ActivationsKind.store) == (self.store is not None),
             f"activations.store={self.store} does not go with activations.kind={self.kind.value}; "
             "a store directory is needed for kind=store, and for nothing else",
+        )
+        require(
+            (self.kind is ActivationsKind.synthetic) == (self.synthetic is not None),
+            f"activations.kind={self.kind.value} does not go with activations.synthetic: kind=synthetic needs the features "
+            "to draw from, and nothing else does; write activations=synthetic",
         )

@@ -30,6 +30,15 @@ from nndecomp.config.kinds import (
     Together,
 )
 from nndecomp.config.log import LogConfig, Wandb
+from nndecomp.config.synthetic import (
+    Correlation,
+    Frequencies,
+    Magnitudes,
+    Plan,
+    PlantedConfig,
+    SyntheticConfig,
+    SyntheticShapeConfig,
+)
 from nndecomp.config.target import TargetConfig, TargetKind
 from nndecomp.config.tokens import Packing, TokensConfig, TokensKind
 from nndecomp.config.training import LrSchedule, Optimizer, PretrainConfig, TrainingConfig
@@ -41,6 +50,7 @@ __all__ = [
     "Architecture",
     "CodeNormalisation",
     "CompareConfig",
+    "Correlation",
     "DType",
     "Dead",
     "Decoder",
@@ -49,21 +59,28 @@ __all__ = [
     "Encoder",
     "EndToEnd",
     "EvaluationConfig",
+    "Frequencies",
+    "GroundTruthConfig",
     "InitialBias",
     "Inputs",
     "JumpReluGradient",
     "LogConfig",
     "LrSchedule",
+    "Magnitudes",
     "Normalisation",
     "Optimizer",
     "Packing",
     "Patched",
     "Penalty",
+    "Plan",
+    "PlantedConfig",
     "PreActivationLoss",
     "PretrainConfig",
     "Reconstruction",
     "RunConfig",
     "Scope",
+    "SyntheticConfig",
+    "SyntheticShapeConfig",
     "TargetConfig",
     "TargetKind",
     "Together",
@@ -73,6 +90,23 @@ __all__ = [
     "Wandb",
     "require",
 ]
+
+
+@dataclass(kw_only=True)
+class GroundTruthConfig:
+    """exp_019: which known worlds, each a file of conf/world, and how often each is drawn and decomposed anew."""
+
+    worlds: list[str]
+    seeds: list[int]
+    heldout_tokens: int = 8192  # fresh rows on which recovery is measured
+
+    def __post_init__(self) -> None:
+        for name, values in (("worlds", self.worlds), ("seeds", self.seeds)):
+            require(
+                len(values) == len(set(values)) > 0,
+                f"ground_truth.{name}={values} must name at least one, and each once",
+            )
+        require(self.heldout_tokens > 0, f"ground_truth.heldout_tokens={self.heldout_tokens} must be a positive number")
 
 
 @dataclass(kw_only=True)
@@ -93,6 +127,10 @@ class RunConfig:
     log: LogConfig
     compare: CompareConfig | None = None
     pretrain: PretrainConfig | None = None
+    # Decompositions trained together on one stream, by name: a file of conf/decomposition, then settings of it that
+    # differ, e.g. [topk, aux_k=128]. All have n_features and, where they select, k of `decomposition`.
+    presets: dict[str, list[str]] = field(default_factory=dict)
+    ground_truth: GroundTruthConfig | None = None
     runs: list[str] = field(default_factory=list)  # finished runs, or directories of them, that are evaluated
 
     def __post_init__(self) -> None:

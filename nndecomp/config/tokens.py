@@ -11,6 +11,7 @@ class TokensKind(Enum):
     stdlib_docs = "stdlib_docs"  # its docstrings and the topics of help(): prose
     files = "files"  # local .txt .jsonl .parquet, or a directory or glob of them
     hub = "hub"  # a Hugging Face data set, streamed
+    random = "random"  # token ids drawn evenly: for targets whose tokens are not text
 
 
 class Packing(Enum):
@@ -46,6 +47,6 @@ class TokensConfig:
             f"tokens.shuffle_documents={self.shuffle_documents} must be 1 or more",
         )
         require(
-            self.kind in (TokensKind.stdlib, TokensKind.stdlib_docs) or bool(self.path),
+            self.kind in (TokensKind.stdlib, TokensKind.stdlib_docs, TokensKind.random) or bool(self.path),
             f"tokens.path is empty; tokens.kind={self.kind.value} needs a path or a data set id",
         )

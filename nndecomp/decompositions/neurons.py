@@ -35,7 +35,7 @@ class NeuronBaseline(Decomposition):
         assert all(0 < each <= d_mlp for each in k), f"k={list(k)} of {d_mlp} neurons"
         self.eval()  # there is nothing to train
         self.layers, self.k = tuple(layers), tuple(k)
-        self._mlp_out_of = target.mlp_out_of
+        self._mlp_out_of, self.device = target.mlp_out_of, target.device
         self.reads = tuple(Site(layer, Point.mlp_hidden) for layer in layers)
         self.writes = tuple(Site(layer, Point.mlp_out) for layer in layers)
         self.read_layout = Layout.of(dict.fromkeys(self.reads, d_mlp))
@@ -59,6 +59,12 @@ class NeuronBaseline(Decomposition):
             support.indices.view(-1, self.k[group]).sort(1).values.flatten(), support.offsets, support.n_features
         )
         return SparseCodes(hidden[sorted_support.tokens, sorted_support.indices], sorted_support)
+
+    def written(self, group: int) -> Float[Tensor, "neuron d_model"]:
+        """What each neuron of a layer adds to its mlp_out when it is worth 1 and alone."""
+        n, device = self.costs[group].n_components, self.device
+        alone = self._mlp_out_of(self.layers[group], torch.eye(n, device=device))
+        return alone - self._mlp_out_of(self.layers[group], torch.zeros(1, n, device=device))
 
     def decode_layer(self, codes: SparseCodes, group: int) -> Float[Tensor, "token d_model"]:
         return self._mlp_out_of(self.layers[group], codes.dense())

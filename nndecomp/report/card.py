@@ -45,6 +45,8 @@ def text_of(cfg: TokensConfig) -> str:
             )
         case TokensKind.files:
             return f"{cfg.path}; {held}"
+        case TokensKind.random:
+            return "token ids drawn evenly"
         case TokensKind.hub:
             return (
                 f"{cfg.path}, split {cfg.split}; {f'held-out split {cfg.heldout_split}' if cfg.heldout_split else held}"

@@ -6,9 +6,11 @@ import torch
 
 from nndecomp.config.target import TargetConfig, TargetKind
 from nndecomp.errors import SettingError
-from nndecomp.targets import llama_simple_mlp, wandb_runs
+from nndecomp.targets import llama_simple_mlp, planted, synthetic, wandb_runs
 from nndecomp.targets.base import Target, TargetShape
 from nndecomp.targets.llama_simple_mlp_target import LlamaSimpleMLPTarget, shape_of
+from nndecomp.targets.planted import PlantedTarget
+from nndecomp.targets.synthetic import SyntheticTarget
 
 TINY = Path(__file__).parent / "tiny"
 SHIPPED = {"tiny": TINY, "tiny_docs": Path(__file__).parent / "tiny_docs"}
@@ -29,6 +31,12 @@ def load_target(cfg: TargetConfig, device: torch.device) -> Target:
             from nndecomp.targets import transformer_lens
 
             return transformer_lens.load(cfg, device)
+        case TargetKind.planted:
+            assert cfg.planted is not None, "checked with the settings"
+            return PlantedTarget(cfg.path, cfg.planted, device, getattr(torch, cfg.dtype.value))
+        case TargetKind.synthetic:
+            assert cfg.synthetic is not None, "checked with the settings"
+            return SyntheticTarget(cfg.path, cfg.synthetic, device)
 
 
 def target_shape(cfg: TargetConfig) -> TargetShape:
@@ -40,6 +48,12 @@ def target_shape(cfg: TargetConfig) -> TargetShape:
             from nndecomp.targets import huggingface
 
             return huggingface.shape_of(huggingface.read_config(cfg))
+        case TargetKind.planted:
+            assert cfg.planted is not None, "checked with the settings"
+            return planted.shape_of(cfg.planted)
+        case TargetKind.synthetic:
+            assert cfg.synthetic is not None, "checked with the settings"
+            return synthetic.shape_of(cfg.synthetic)
 
 
 def directory_of(cfg: TargetConfig, weights: bool) -> Path:

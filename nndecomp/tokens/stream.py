@@ -12,6 +12,7 @@ from nndecomp.tokens.batch import Row, TokenBatch
 from nndecomp.tokens.documents import Document, files_documents, stdlib_documents
 from nndecomp.tokens.encoding import Encoding
 from nndecomp.tokens.hub import hub_reader
+from nndecomp.tokens.random_ids import RandomTokens
 from nndecomp.tokens.readers import IndexedReader, Reader
 from nndecomp.tokens.stdlib_docs import stdlib_docs_documents
 
@@ -100,6 +101,9 @@ def open_reader(cfg: TokensConfig, *, heldout: bool, seed: int, rank: int = 0, w
             documents = stdlib_docs_documents()
         case TokensKind.files:
             documents = files_documents(cfg)
+        case TokensKind.random:
+            require(False, "tokens.kind=random has no documents; write tokens=stdlib, or another text")
+            raise AssertionError
         case TokensKind.hub:
             split = cfg.heldout_split if heldout and cfg.heldout_split is not None else cfg.split
             window = 1 if heldout else cfg.shuffle_documents
@@ -108,14 +112,20 @@ def open_reader(cfg: TokensConfig, *, heldout: bool, seed: int, rank: int = 0, w
     return IndexedReader(documents, side, name, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
 
 
-def open_tokens(cfg: TokensConfig, tokenizer: Any, seed: int, rank: int = 0, world_size: int = 1) -> TokenStream:
+def open_tokens(
+    cfg: TokensConfig, tokenizer: Any, seed: int, rank: int = 0, world_size: int = 1
+) -> TokenStream | RandomTokens:
     """The training split. Ranks read disjoint documents that together are all of them."""
+    if cfg.kind is TokensKind.random:
+        return RandomTokens(len(tokenizer), cfg.seq_len, f"train {seed} {rank}")
     encoding = Encoding.of(cfg, tokenizer)
     return TokenStream(open_reader(cfg, heldout=False, seed=seed, rank=rank, world_size=world_size), encoding)
 
 
 def heldout_tokens(cfg: TokensConfig, tokenizer: Any, n_seqs: int) -> TokenBatch:
     """The first `n_seqs` rows of the held-out split, in an order that never changes."""
+    if cfg.kind is TokensKind.random:
+        return RandomTokens(len(tokenizer), cfg.seq_len, "heldout").next_batch(n_seqs)
     encoding = Encoding.of(cfg, tokenizer)
     reader = open_reader(cfg, heldout=True, seed=0)
     rows, found = encoding.rows(reader.one_pass()), []
