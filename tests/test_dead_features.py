@@ -35,7 +35,10 @@ def kill(made: DictionaryObjective, n: int = 5) -> None:
     """The first n features of each group do not fire any more, and count as dead."""
     with torch.no_grad():
         for bank in made.dictionary.banks:
-            bank.b_enc[:n] = SLEEP
+            if made.cfg.activation is Activation.abs_topk:
+                bank.W_enc[:n] = bank.b_enc[:n] = 0
+            else:
+                bank.b_enc[:n] = SLEEP
     made.loss(planted(made.layout, 100, seed=5), 0.5)
     made.after_step()
 
@@ -119,7 +122,7 @@ def test_dead_features_learn_and_no_living_one_does(kind: Dead, architecture: st
         for bank in made.dictionary.banks:
             bank.b_enc[:5] = 0.5
     rows = planted(made.layout, 100, seed=1)
-    made.cfg.local_coefficient = made.cfg.penalty_coefficient = 0.0
+    made.cfg.local_coefficient = made.cfg.penalty_coefficient = made.cfg.gate_coefficient = 0.0
     loss, metrics = made.loss(rows, 0.5)
     assert float(metrics["loss/aux"]) > 0
     loss.backward()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from decomposition_parts import ACTIVATIONS, N_LAYERS, SHAPE, D, F, config, dictionary, inputs, settled
+from decomposition_parts import ACTIVATIONS, N_LAYERS, PURSUIT, SHAPE, D, F, config, dictionary, inputs, settled
 
-from nndecomp.config.schema import Activation, Architecture
+from nndecomp.config.schema import Activation, Architecture, CodeNormalisation, Encoder
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.spec import ActivationSpec, DictionarySpec, GroupSpec
 from nndecomp.decompositions.stack import stack
@@ -187,14 +187,20 @@ def test_stacking_parts_that_write_the_same_site_is_refused():
         stack([part, part], "per_layer_transcoder")
 
 
-@pytest.mark.parametrize("activation", [each["activation"] for each in ACTIVATIONS.values()])
-def test_a_stack_computes_what_its_parts_compute(activation):
-    k = 3 if activation in (Activation.topk, Activation.batchtopk) else None
-    parts = [
-        settled(seed=layer, architecture=Architecture.transcoder, layers=[layer], activation=activation, k=k)
-        for layer in (2, 0)
-    ]
-    stacked = stack(parts, "per_layer_transcoder")
+@pytest.mark.parametrize("activation", ACTIVATIONS | PURSUIT)
+@pytest.mark.parametrize("encoder", Encoder)
+def test_a_stack_computes_what_its_parts_compute(activation, encoder):
+    settings = (ACTIVATIONS | PURSUIT)[activation]
+    if activation == "matching_pursuit":
+        settings = settings | {"architecture": Architecture.sae, "reads": ["mlp_out"]}
+    else:
+        settings = settings | {"architecture": Architecture.transcoder, "encoder": encoder}
+        settings = settings | {"code_normalisation": CodeNormalisation.sae}
+    parts = [settled(seed=layer, layers=[layer], **settings) for layer in (2, 0)]
+    for part in parts:
+        ones = torch.ones(D)
+        part.fold(2 * ones, 2 * ones, ones, ones)
+    stacked = stack(parts, "stacked")
     x = inputs(stacked)
     y_hat, _ = stacked(x)
     for part in parts:

@@ -78,7 +78,7 @@ COVERED = {
         "test_decompositions_activation.py::test_thresholds_stay_in_fp32_whatever_the_module_is_cast_to"
     ),
     "CLT: gradient reaches pre-activations below the threshold": (
-        "test_decompositions_activation.py::test_jumprelu_passes_the_gradient_of_active_entries_to_its_input_and_no_other"
+        "test_decompositions_activation.py::test_what_reaches_pre_activations_is_what_the_gradient_is_named_after"
     ),
     # --- saving ---
     "DL: the norm factor, k after annealing, or the code normalisation is not saved": (
@@ -216,14 +216,14 @@ def test_the_threshold_of_an_l0_penalty_sees_both_sides_of_the_kernel():
     """DL (issue 55): the step is taken of activations that have jumped, so those just below theta fall out of the window."""
     jump = JumpRelu([1], 0.5, 0.2)
     below_and_above = torch.tensor([[0.45], [0.55]])
-    jump.active(below_and_above, 0).sum().backward()
+    jump.active(below_and_above, 0, None).sum().backward()
     assert jump.threshold[0].grad == pytest.approx(-2 / 0.2), "each of the two counts 1 / bandwidth"
 
 
 def test_inactive_features_with_a_small_threshold_are_not_pushed_away_from_zero():
     """DL: with theta < bandwidth / 2 every inactive code, being 0, lies in the window: an accidental barrier."""
     jump = JumpRelu([1], 0.04, 0.2)
-    jump.active(torch.full((100, 1), -3.0), 0).sum().backward()
+    jump.active(torch.full((100, 1), -3.0), 0, None).sum().backward()
     assert jump.threshold[0].grad == 0
 
 

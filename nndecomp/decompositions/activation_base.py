@@ -1,6 +1,8 @@
 """What every activation function does, from pre-activations to codes.
 
-Selecting ones name the active entries of each group; pointwise ones map the matrix entry by entry.
+Selecting ones name the active entries of each group; pointwise ones map the matrix entry by entry. Where features are
+compared with each other or with a threshold, pre-activations count times c (see `nndecomp.decompositions.normalisation`);
+codes are never multiplied by it.
 """
 
 from abc import ABC, abstractmethod
@@ -14,9 +16,14 @@ from nndecomp.decompositions.kernels import Support
 
 
 class ActivationFunction(nn.Module):
-    """Shared by all. Thresholds stay in fp32 when the module is cast to another dtype, since bf16 would freeze them."""
+    """Shared by all."""
+
+    exact = True  # its tensors stay as they are when the module is cast: bf16 would freeze thresholds
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ActivationFunction":
+        if not self.exact:
+            super()._apply(fn, recurse)
+            return self
         own = [*self.parameters(recurse=recurse), *self.buffers(recurse=recurse)]
         before = [tensor.data for tensor in own]
         super()._apply(fn, recurse)
@@ -36,15 +43,31 @@ class ActivationFunction(nn.Module):
     def after_step(self, codes: Codes, scales: Scales) -> None:
         """Learn from the codes of a training step, and the scales by which their features were compared."""
 
+    def fold_bias(self, group: int, fell: Float[Tensor, "feature"]) -> None:
+        """b_enc of a group fell by so much, because what it reads is no longer centred."""
 
-class Selecting(ActivationFunction, ABC):
+
+class Selecting(ActivationFunction):
     k: list[int]  # active features of each group, on average; annealing rewrites it
 
+
+class Ranking(Selecting, ABC):
+    """Selects by the size of pre-activations."""
+
+    signed = False  # whether negative codes are kept
+
     @abstractmethod
-    def supports(self, pres: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
-        """The active entries of the given groups."""
+    def supports(self, scores: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
+        """The active entries of the given groups, from z c."""
 
 
 class Pointwise(ActivationFunction, ABC):
     @abstractmethod
-    def forward(self, pre: Float[Tensor, "token feature"], group: int) -> Float[Tensor, "token feature"]: ...
+    def forward(
+        self,
+        pre: Float[Tensor, "token feature"],
+        group: int,
+        c: Float[Tensor, "feature"] | None,
+        b_enc: Float[Tensor, "feature"],
+    ) -> Float[Tensor, "token feature"]:
+        """Codes. `c` as above, null: 1. `b_enc` is the bias that `pre` holds."""

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nndecomp.config.schema import Scope
-from nndecomp.decompositions.activation_base import Selecting
+from nndecomp.decompositions.activation_base import Ranking
 from nndecomp.decompositions.codes import Codes, Scales
 from nndecomp.decompositions.kernels import (
     Support,
@@ -18,7 +18,7 @@ from nndecomp.decompositions.kernels import (
 )
 
 
-class TopK(Selecting):
+class TopK(Ranking):
     """The k largest of each token and group, clipped at 0 (Gao et al. 2024, arXiv 2406.04093, eq. 5).
 
     With scope `all` the groups of a token share the sum of their k.
@@ -28,14 +28,17 @@ class TopK(Selecting):
         super().__init__()
         self.k, self.scope = list(k), scope
 
-    def supports(self, pres: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
+    def supports(self, scores: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
         match self.scope:
             case Scope.group:
-                return [topk_support(pre, self.k[group]) for pre, group in zip(pres, groups, strict=True)]
+                return [self._best(each, self.k[group]) for each, group in zip(scores, groups, strict=True)]
             case Scope.all:
                 assert len(groups) == len(self.k), f"groups {groups} compete with all {len(self.k)}"
-                support = topk_support(torch.cat(list(pres), 1), sum(self.k))
-                return split_support(support, [pre.shape[1] for pre in pres])
+                support = self._best(torch.cat(list(scores), 1), sum(self.k))
+                return split_support(support, [each.shape[1] for each in scores])
+
+    def _best(self, scores: Float[Tensor, "token feature"], k: int) -> Support:
+        return topk_support(scores, k)
 
     def live_obstacle(self) -> str | None:
         shared = self.scope is Scope.all and len(self.k) > 1
@@ -46,13 +49,22 @@ class TopK(Selecting):
         )
 
 
-class BatchTopK(Selecting):
+class AbsTopK(TopK):
+    """The k of each token and group that are largest in absolute value, with their signs."""
+
+    signed = True
+
+    def _best(self, scores: Float[Tensor, "token feature"], k: int) -> Support:
+        return topk_support(scores.abs(), k)
+
+
+class BatchTopK(Ranking):
     """The k * tokens largest of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
 
     In training each group keeps its k * tokens largest positive entries; with scope `all` the groups share the sum.
     In evaluation an entry is active if it exceeds a threshold, one a group (or one for all), so that tokens do not
     depend on their batch: the moving average over training steps of the smallest positive value kept. The average
-    starts at its first value, so it needs no bias correction.
+    starts at its first value, so it needs no bias correction. Values and thresholds are in units of z c.
     """
 
     def __init__(self, k: Sequence[int], scope: Scope, threshold_rate: float) -> None:
@@ -62,28 +74,29 @@ class BatchTopK(Selecting):
         self.threshold: Tensor
         self.register_buffer("threshold", torch.full((n_thresholds,), torch.nan))
 
-    def supports(self, pres: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
+    def supports(self, scores: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
         if not self.training:
-            return self._above_threshold(pres, groups)
-        n_tokens = pres[0].shape[0]
+            return self._above_threshold(scores, groups)
+        n_tokens = scores[0].shape[0]
         match self.scope:
             case Scope.group:
                 return [
-                    batchtopk_support(pre, self.k[group] * n_tokens) for pre, group in zip(pres, groups, strict=True)
+                    batchtopk_support(each, self.k[group] * n_tokens)
+                    for each, group in zip(scores, groups, strict=True)
                 ]
             case Scope.all:
                 assert len(groups) == len(self.k), f"groups {groups} compete with all {len(self.k)}"
-                support = batchtopk_support(torch.cat(list(pres), 1), sum(self.k) * n_tokens)
-                return split_support(support, [pre.shape[1] for pre in pres])
+                support = batchtopk_support(torch.cat(list(scores), 1), sum(self.k) * n_tokens)
+                return split_support(support, [each.shape[1] for each in scores])
 
-    def _above_threshold(self, pres: Sequence[Tensor], groups: Sequence[int]) -> list[Support]:
+    def _above_threshold(self, scores: Sequence[Tensor], groups: Sequence[int]) -> list[Support]:
         if bool(self.threshold.isnan().any()):
             raise ValueError(
                 "batchtopk has no inference threshold yet: it is learned in training steps (after_step), "
                 "and evaluating without one would silently be another activation function"
             )
         threshold = self.threshold.expand(len(self.k))
-        return [threshold_support(pre, threshold[group]) for pre, group in zip(pres, groups, strict=True)]
+        return [threshold_support(each, threshold[group]) for each, group in zip(scores, groups, strict=True)]
 
     @torch.no_grad()
     def after_step(self, codes: Codes, scales: Scales) -> None:

@@ -64,16 +64,14 @@ def dead_pre_activations(
     dictionary: SparseDictionary, x: Float[Tensor, "token d_reads"], group: int, dead: Int[Tensor, "dead"]
 ) -> Float[Tensor, "token dead"]:
     """Of some features of a group, by their own rows of its encoder alone. The input is given: no gradient goes there."""
-    encoder = dictionary.banks[group].encoder
-    rows = {name: parameter[dead] for name, parameter in encoder.named_parameters()}
-    return torch.func.functional_call(encoder, rows, (dictionary.read(x, group).detach(),))
+    return dictionary.banks[group].pre_activations(dictionary.read(x, group).detach(), dead)
 
 
 def families(dictionary: SparseDictionary) -> list[list[int]]:
     """Groups that share an encoder, the owner first. Their features are the same ones, written to several places."""
     shared: dict[nn.Module, list[int]] = {}
     for g, bank in enumerate(dictionary.banks):
-        shared.setdefault(bank.encoder, []).append(g)
+        shared.setdefault(bank.encoder or bank, []).append(g)
     return list(shared.values())
 
 

@@ -1,22 +1,21 @@
 """One bank of features: what it reads, its encoder, its decoder, and what it writes.
 
-pre = x @ W_enc.T + b_enc                   [token, feature]
+pre = encoder(x)                              [token, feature]    see `nndecomp.decompositions.encoders`
 y   = f @ W_dec, and x @ W_skip if asked for  [token, d_write]
 """
 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nndecomp.config.schema import CodeNormalisation
-from nndecomp.decompositions import kernels
+from nndecomp.config.schema import Activation, CodeNormalisation
 from nndecomp.decompositions.base import GroupCost
 from nndecomp.decompositions.codes import GroupCodes
-from nndecomp.decompositions.kernels import Support
+from nndecomp.decompositions.encoders import LinearEncoder, make_encoder
 from nndecomp.decompositions.normalisation import decoder_scale
-from nndecomp.decompositions.spec import GroupSpec
+from nndecomp.decompositions.spec import DictionarySpec, GroupSpec
 from nndecomp.types import Layout, Site
 
 
@@ -26,70 +25,70 @@ def _span(layout: Layout, sites: Sequence[Site], group: str) -> slice:
     return span
 
 
-class LinearEncoder(nn.Module):
-    """Pre-activations of one or more groups."""
-
-    def __init__(self, d_read: int, n_features: int) -> None:
-        super().__init__()
-        self.W_enc = nn.Parameter(torch.zeros(n_features, d_read))
-        self.b_enc = nn.Parameter(torch.zeros(n_features))
-
-    def forward(self, x: Float[Tensor, "token d_read"]) -> Float[Tensor, "token feature"]:
-        return nn.functional.linear(x, self.W_enc, self.b_enc)
-
-
 class Group(nn.Module):
-    """One bank of features. Both weight matrices are feature-major: one row a feature."""
+    """`of`: the group whose encoder it uses. A group of a dictionary that pursues has none: its decoder encodes."""
 
-    def __init__(
-        self, spec: GroupSpec, read_layout: Layout, write_layout: Layout, skip: bool, of: "Group | None"
-    ) -> None:
+    def __init__(self, spec: GroupSpec, whole: DictionarySpec, of: "Group | None") -> None:
         super().__init__()
-        self.name = spec.name
-        self.reads = _span(read_layout, spec.reads, spec.name)
-        self.writes = _span(write_layout, spec.writes, spec.name)
-        self.write_widths = tuple(write_layout.width_of(site) for site in spec.writes)
-        self.n_features = spec.n_features
+        self.encoder: LinearEncoder | None
+        self.name, self.n_features = spec.name, spec.n_features
+        self.reads = _span(whole.read_layout, spec.reads, spec.name)
+        self.writes = _span(whole.write_layout, spec.writes, spec.name)
+        self.write_widths = tuple(whole.write_layout.width_of(site) for site in spec.writes)
         self.d_read = self.reads.stop - self.reads.start
         self.d_write = self.writes.stop - self.writes.start
-        if of is None:
-            self.encoder = self.make_encoder(spec)
-        else:
+        if of is not None:
             # Borrowed: its weights are the other group's, and stand in the state_dict once.
             self.__dict__["encoder"] = of.encoder
-        self.make_decoder(spec)
-        self.W_skip = nn.Parameter(torch.zeros(self.d_read, self.d_write)) if skip else None
+        elif whole.activation.kind is Activation.matching_pursuit:
+            self.encoder = None
+        else:
+            self.encoder = self.make_encoder(spec, whole)
+        self.make_decoder(spec, whole)
+        self.W_skip = nn.Parameter(torch.zeros(self.d_read, self.d_write)) if whole.skip else None
+        self.code_scale: Tensor | None
+        self.register_buffer("code_scale", torch.ones(spec.n_features) if whole.frozen_scales else None)
 
-    def make_encoder(self, spec: GroupSpec) -> LinearEncoder:
-        return LinearEncoder(self.d_read, spec.n_features)
+    def make_encoder(self, spec: GroupSpec, whole: DictionarySpec) -> LinearEncoder:
+        return make_encoder(whole.encoder, self.d_read, spec.n_features)
 
-    def make_decoder(self, spec: GroupSpec) -> None:
+    def make_decoder(self, spec: GroupSpec, whole: DictionarySpec) -> None:
         self.W_dec = nn.Parameter(torch.zeros(spec.n_features, self.d_write))
 
     @property
-    def has_own_encoder(self) -> bool:
-        return "encoder" in self._modules
+    def own_encoder(self) -> LinearEncoder | None:
+        """Null for one that is borrowed, and where there is none."""
+        return None if "encoder" in self.__dict__ else self.encoder
+
+    @property
+    def linear_encoder(self) -> LinearEncoder:
+        assert self.encoder is not None, f"group {self.name} has no encoder: it pursues"
+        return self.encoder
 
     @property
     def W_enc(self) -> Float[Tensor, "feature d_read"]:
-        return self.encoder.W_enc
+        """Of a group that pursues: its decoder rows, scaled to norm 1, at what it reads; not a parameter."""
+        if self.encoder is not None:
+            return self.encoder.W_enc
+        start = self.reads.start - self.writes.start
+        rows = self.W_dec / self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        return rows[:, start : start + self.reads.stop - self.reads.start]
 
     @property
     def b_enc(self) -> Float[Tensor, "feature"]:
-        return self.encoder.b_enc
+        return self.W_dec.new_zeros(self.n_features) if self.encoder is None else self.encoder.b_enc
 
     def scale(self, kind: CodeNormalisation, mixed_weights: tuple[float, float]) -> Float[Tensor, "feature"]:
         """c of each feature; gradients flow into the decoder."""
         return decoder_scale(self.W_dec, self.write_widths, kind, mixed_weights)
 
-    def pre_activations(self, x: Float[Tensor, "token d_read"]) -> Float[Tensor, "token feature"]:
-        return self.encoder(x)
-
-    def active_pre(
-        self, x: Float[Tensor, "token d_read"], pre: Float[Tensor, "token feature"], support: Support
-    ) -> Float[Tensor, "slot"]:
-        """The pre-activations at the support, differentiable; `pre` carries no gradient."""
-        return kernels.active_pre(x, self.W_enc, self.b_enc, pre, support)
+    def pre_activations(
+        self, x: Float[Tensor, "token d_read"], features: Int[Tensor, "chosen"] | None = None
+    ) -> Float[Tensor, "token _"]:
+        """Of all features, or of those chosen."""
+        if self.encoder is None:
+            return x @ (self.W_enc if features is None else self.W_enc[features]).T
+        return self.encoder(x, features)
 
     def contribution(self, x: Float[Tensor, "token d_read"], codes: GroupCodes) -> Float[Tensor, "token d_write"]:
         """What the group adds to its write span; x is what it reads, not centred."""
@@ -97,19 +96,24 @@ class Group(nn.Module):
         return features if self.W_skip is None else features + x @ self.W_skip
 
     def cost(self, spec: GroupSpec) -> GroupCost:
+        maps = () if self.encoder is None else self.encoder.maps
         return GroupCost(
             name=self.name,
             n_components=self.n_features,
-            parameters=self.d_read + self.d_write,
+            # Features of a group that pursues are read with the rows that they write.
+            parameters=sum(W.shape[1] for W, _ in maps) + self.d_write,
             n_writes=len(spec.writes),
-            gate_parameters=self.W_enc.numel() if spec.encoder is None else 0,
+            gate_parameters=sum(W.numel() for W, _ in maps) if spec.encoder is None else 0,
             linear_parameters=0 if self.W_skip is None else self.W_skip.numel(),
         )
 
-    def fold(self, s_read: Float[Tensor, "d_read"], s_write: Float[Tensor, "d_write"]) -> None:
-        """From activations divided by these scales to raw ones; pre-activations stay what they were."""
-        if self.has_own_encoder:
-            self.W_enc.div_(s_read)
+    def fold(
+        self, s_read: Float[Tensor, "d_read"], s_write: Float[Tensor, "d_write"], m_read: Float[Tensor, "d_read"]
+    ) -> Float[Tensor, "d_write"]:
+        """What is written, from (x - m_read) / s_read to x and from y / s_write to y, codes as they are; the encoder folds
+        by itself. Returns the constant that this takes out of y, to go into the bias."""
         self.W_dec.mul_(s_write)
-        if self.W_skip is not None:
-            self.W_skip.mul_(s_write / s_read[:, None])
+        if self.W_skip is None:
+            return torch.zeros_like(s_write)
+        self.W_skip.mul_(s_write / s_read[:, None])
+        return -m_read @ self.W_skip

@@ -1,7 +1,7 @@
 """SparseDictionary: banks of features, each reading one span of x and writing one span of y.
 
-    pre_g = x[:, reads_g] @ W_enc_g.T + b_enc_g
-    f     = activation(pre)
+    pre_g = encoder_g(x[:, reads_g])
+    f     = activation(pre), compared with each other and with thresholds as pre * c
     y_hat = b_dec + sum over g of (f_g @ W_dec_g, and x[:, reads_g] @ W_skip_g if asked for) placed at writes_g
 
 Every architecture of `nndecomp.decompositions.architectures` is this module with other spans. Weights that an
@@ -12,6 +12,7 @@ architecture forbids do not exist.
 # pyright: reportImportCycles=false
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,14 +20,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nndecomp.config.schema import CodeNormalisation
 from nndecomp.decompositions.activation import make_activation
-from nndecomp.decompositions.activation_base import Pointwise, Selecting
+from nndecomp.decompositions.activation_base import Selecting
 from nndecomp.decompositions.activation_pointwise import JumpRelu
-from nndecomp.decompositions.base import Decomposition
-from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding, SparseCodes
+from nndecomp.decompositions.base import Decomposition, GroupCost
+from nndecomp.decompositions.codes import Codes, Encoding
+from nndecomp.decompositions.encoders import GluEncoder
+from nndecomp.decompositions.encoding import encode
 from nndecomp.decompositions.group import Group
 from nndecomp.decompositions.live import DictionaryRun
 from nndecomp.decompositions.pretrained import Pretrained
+from nndecomp.decompositions.pursuit import MatchingPursuit
 from nndecomp.decompositions.spec import DictionarySpec
 from nndecomp.types import Layout, Site
 
@@ -42,12 +47,15 @@ class SparseDictionary(Pretrained, Decomposition):
         made: dict[str, Group] = {}
         for group in spec.groups:
             of = None if group.encoder is None else made[group.encoder]
-            made[group.name] = Group(group, self.read_layout, self.write_layout, spec.skip, of)
+            made[group.name] = Group(group, spec, of)
         self.groups = nn.ModuleList(made.values())
         self.b_dec = nn.Parameter(torch.zeros(self.write_layout.width))
-        self.activation = make_activation(spec.activation, [group.n_features for group in spec.groups])
-        assert not spec.centre_input or self.read_layout == self.write_layout, "only an SAE can centre its input"
-        self.costs = tuple(bank.cost(group_spec) for bank, group_spec in zip(self.banks, spec.groups, strict=True))
+        self.activation = make_activation(spec)
+        # What explains its own input is measured from the bias: an encoder may see x - b_dec, a pursuit always does.
+        self.centres = spec.centre_input or isinstance(self.activation, MatchingPursuit)
+        assert not self.centres or self.read_layout == self.write_layout, "only what writes all it reads can centre it"
+        self.together = self._together()
+        self.costs = tuple(self._cost(g) for g in range(len(spec.groups)))
 
     @property
     def banks(self) -> list[Group]:
@@ -60,43 +68,71 @@ class SparseDictionary(Pretrained, Decomposition):
         k = tuple(self.activation.k) if isinstance(self.activation, Selecting) else ()
         return replace(self._spec, activation=replace(self._spec.activation, k=k))
 
+    def _together(self) -> list[tuple[int, ...]]:
+        """Groups that are encoded at once: those with one encoder, and those that pursue a common site."""
+        pursues = isinstance(self.activation, MatchingPursuit)
+        sets: list[tuple[int, ...]] = []
+        for g, group in enumerate(self._spec.groups):
+            mates = {
+                i
+                for i, other in enumerate(self._spec.groups[:g])
+                if (group.encoder is not None and group.encoder in (other.name, other.encoder))
+                or (pursues and set(group.writes) & set(other.writes))
+            }
+            joined = [each for each in sets if mates & set(each)]
+            sets = [each for each in sets if each not in joined]
+            sets.append((*sorted(i for each in joined for i in each), g))
+        return sorted(sets)
+
+    def _cost(self, group: int) -> GroupCost:
+        """A pursuit looks through its decoder once for every feature that it takes."""
+        bank, activation = self.banks[group], self.activation
+        cost = bank.cost(self._spec.groups[group])
+        if not isinstance(activation, MatchingPursuit):
+            return cost
+        k = sum(activation.k[g] for joint in self.together if group in joint for g in joint)
+        return replace(cost, gate_parameters=k * bank.W_dec.numel())
+
+    def scale(self, group: int) -> Float[Tensor, "feature"] | None:
+        """c of a group's features, without gradient, as selection and thresholds see it; null: 1."""
+        bank, spec = self.banks[group], self._spec.activation
+        if bank.code_scale is not None or spec.code_normalisation is CodeNormalisation.none:
+            return bank.code_scale
+        with torch.no_grad():
+            return bank.scale(spec.code_normalisation, spec.mixed_weights)
+
+    def reported(self, codes: Codes) -> Codes:
+        """f c: codes as they are compared between features."""
+        groups = [(group, self.scale(g)) for g, group in enumerate(codes)]
+        return Codes(tuple(replace(group, values=group.weighted(c)) for group, c in groups))
+
     def read(self, x: Float[Tensor, "token d_reads"], group: int) -> Float[Tensor, "token d_read"]:
         """What one group's encoder sees of x."""
         return self.centred(x[:, self.banks[group].reads], group)
 
     def centred(self, x: Float[Tensor, "token d_read"], group: int) -> Float[Tensor, "token d_read"]:
-        return x - self.b_dec[self.banks[group].reads] if self._spec.centre_input else x
+        return x - self.b_dec[self.banks[group].reads] if self.centres else x
 
     def encode(self, x: Float[Tensor, "token d_reads"]) -> Codes:
         return self.encoding(x).codes
 
     def encoding(self, x: Float[Tensor, "token d_reads"]) -> Encoding:
         """Codes, with what losses want to know beside them."""
+        assert x.ndim == 2, f"rows are [token, d_reads], not {tuple(x.shape)}: flatten sequences first"
         groups = range(len(self.groups))
         return self.encode_groups([self.read(x, g) for g in groups], groups)
 
     def encode_groups(self, inputs: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> Encoding:
         """Some groups, from what each of them reads, centred where that is asked for."""
-        banks = [self.banks[g] for g in groups]
-        scales = [None for _ in groups]
-        if isinstance(self.activation, Pointwise):
-            pres = tuple(bank.pre_activations(x) for bank, x in zip(banks, inputs, strict=True))
-            values = [self.activation(pre, g) for pre, g in zip(pres, groups, strict=True)]
-            return Encoding(Codes(tuple(map(DenseCodes, values))), scales, pres)
-        with torch.no_grad():
-            dense = [bank.pre_activations(x) for bank, x in zip(banks, inputs, strict=True)]
-            supports = self.activation.supports(dense, groups)
-        # A negative pre-activation among the k largest becomes 0, which is not active.
-        codes = [
-            SparseCodes(bank.active_pre(x, pre, support).relu(), support)
-            for x, bank, pre, support in zip(inputs, banks, dense, supports, strict=True)
-        ]
-        return Encoding(Codes(tuple(codes)), scales, None)
+        scales = [self.scale(g) for g in groups]
+        joint = [each for each in self.together if set(each) <= set(groups)]
+        return encode(self.activation, [self.banks[g] for g in groups], inputs, groups, scales, joint)
 
     def active(self, encoding: Encoding) -> list[Float[Tensor, "token _"]]:
         """Of jumprelu: 1 where a feature is active, with the straight-through gradient of its threshold."""
         assert isinstance(self.activation, JumpRelu) and encoding.pres is not None, "only jumprelu learns by counting"
-        return [self.activation.active(pre, g) for g, pre in enumerate(encoding.pres)]
+        each = zip(encoding.pres, encoding.scales, strict=True)
+        return [self.activation.active(pre, g, c) for g, (pre, c) in enumerate(each)]
 
     def decode(self, codes: Codes, x: Float[Tensor, "token d_reads"]) -> Float[Tensor, "token d_writes"]:
         """x is read only by the linear skip."""
@@ -110,9 +146,14 @@ class SparseDictionary(Pretrained, Decomposition):
         return self.decode(codes, x), codes
 
     def live_obstacle(self) -> str | None:
-        for group in self._spec.groups:
-            if max(group.reads) > min(group.writes):
-                return f"group {group.name} reads {max(group.reads)}, which runs after {min(group.writes)}, which it writes"
+        for joint in self.together:
+            groups = [self._spec.groups[g] for g in joint]
+            last = max(site for group in groups for site in group.reads)
+            first = min(site for group in groups for site in group.writes)
+            if last > first:
+                several = f"groups {', '.join(group.name for group in groups)} together read"
+                reads = several if len(groups) > 1 else f"group {groups[0].name} reads"
+                return f"{reads} {last}, which runs after {first}, which {'they write' if len(groups) > 1 else 'it writes'}"
         return self.activation.live_obstacle()
 
     def live_run(self) -> "DictionaryRun":
@@ -125,14 +166,24 @@ class SparseDictionary(Pretrained, Decomposition):
         """Random directions: unit encoder rows, decoder rows of `decoder_norm` at every site they write.
 
         With inputs scaled to E|x|^2 = width, unit encoder rows give pre-activations of unit variance. A group that
-        writes what it reads starts tied. Directions depend on the seed and the sites alone, not on the other groups:
+        writes what it reads, or a part of it, starts tied: all parts together
+        with a norm of `decoder_norm`. Directions depend on the seed and the sites alone, not on the other groups:
         a layer starts the same in a stack as by itself, and the same in a transcoder as in a cross-layer one.
         """
         for spec, bank in zip(self._spec.groups, self.banks, strict=True):
             reads = " ".join(map(str, spec.reads))
-            bank.W_enc.copy_(_directions(f"{seed} W_enc {reads}", *bank.W_enc.shape))
-            if spec.reads == spec.writes:
-                bank.W_dec.copy_(decoder_norm * bank.W_enc)
+            W_enc = _directions(f"{seed} W_enc {reads}", *bank.W_enc.shape)
+            if bank.encoder is not None:
+                bank.W_enc.copy_(W_enc)
+            if isinstance(bank.encoder, GluEncoder):
+                bank.encoder.W_glu.copy_(_directions(f"{seed} W_glu {reads}", *bank.W_enc.shape))
+            within = Layout.of({site: self._spec.widths[site] for site in spec.reads})
+            if set(spec.writes) <= set(spec.reads):
+                columns = within.span(spec.writes)
+                assert columns is not None, f"the sites that group {spec.name} writes are adjacent"
+                rows = W_enc[:, columns]
+                norm = decoder_norm * math.sqrt(rows.shape[1] / W_enc.shape[1])
+                bank.W_dec.copy_(norm * rows / rows.norm(dim=1, keepdim=True))
                 continue
             columns = [
                 _directions(f"{seed} W_dec {reads} {site}", spec.n_features, self.write_layout.widths[i])
@@ -142,17 +193,50 @@ class SparseDictionary(Pretrained, Decomposition):
             bank.W_dec.copy_(decoder_norm * torch.cat(columns, 1))
 
     @torch.no_grad()
-    def fold(self, s_read: Float[Tensor, "d_reads"], s_write: Float[Tensor, "d_writes"]) -> None:
-        """From activations divided by these scales, one for each column, to raw ones. Codes stay what they were.
+    def fold(
+        self,
+        s_read: Float[Tensor, "d_reads"],
+        s_write: Float[Tensor, "d_writes"],
+        m_read: Float[Tensor, "d_reads"],
+        m_write: Float[Tensor, "d_writes"],
+    ) -> None:
+        """From activations (x - m) / s, with a scale and a shift for each column, to raw ones. Codes stay what they were.
 
-            W_enc / s_read    W_dec * s_write    b_dec * s_write    W_skip * s_write / s_read    b_enc unchanged
+            W_enc / s_read    b_enc - W_enc m_read / s_read    W_dec * s_write    b_dec * s_write + m_write
+            W_skip * s_write / s_read, whose constant part goes into b_dec
 
-        Exact for every activation function, since pre-activations do not change.
+        Exact for every activation function: pre-activations do not change, and c, which depended on the decoder's norms,
+        is kept as it was.
         """
         s_read, s_write = s_read.to(self.b_dec), s_write.to(self.b_dec)
-        self.b_dec.mul_(s_write)
+        m_read, m_write = m_read.to(self.b_dec), m_write.to(self.b_dec)
+        if self.centres:
+            same = torch.equal(s_read, s_write) and torch.equal(m_read, m_write)
+            assert same, "what is centred by its own bias is read and written in the same units"
+        if self._spec.activation.code_normalisation is not CodeNormalisation.none:
+            self.freeze_scales()
+        fell = {}
         for bank in self.banks:
-            bank.fold(s_read[bank.reads], s_write[bank.writes])
+            if bank.own_encoder is not None:
+                # x - b_dec stays what it was: the shift is in b_dec.
+                m = torch.zeros_like(m_read[bank.reads]) if self.centres else m_read[bank.reads]
+                fell[id(bank.encoder)] = bank.own_encoder.fold(s_read[bank.reads], m)
+        for g, bank in enumerate(self.banks):
+            if bank.encoder is not None:
+                self.activation.fold_bias(g, fell[id(bank.encoder)])
+        self.b_dec.mul_(s_write).add_(m_write)
+        for bank in self.banks:
+            self.b_dec[bank.writes] += bank.fold(s_read[bank.reads], s_write[bank.writes], m_read[bank.reads])
+        if isinstance(self.activation, MatchingPursuit):
+            self.activation.units = self.activation.units / s_write
+
+    @torch.no_grad()
+    def freeze_scales(self) -> None:
+        """From here on c is what it is now, whatever happens to the decoder."""
+        for g, bank in enumerate(self.banks):
+            c = self.scale(g)
+            bank.code_scale = torch.ones_like(bank.b_enc) if c is None else c.clone()
+        self._spec = replace(self._spec, frozen_scales=True)
 
 
 def columns_of(scales: dict[Site, float], layout: Layout) -> Float[Tensor, "width"]:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -105,22 +105,27 @@ def batchtopk_support(pre: Float[Tensor, "token feature"], n_slots: int) -> Supp
 
 
 def threshold_support(pre: Float[Tensor, "token feature"], threshold: Float[Tensor, ""]) -> Support:
-    """Every entry strictly above the threshold."""
-    tokens, indices = (pre > threshold).nonzero(as_tuple=True)
+    """Every entry strictly above the threshold, compared in the wider of the two types."""
+    tokens, indices = (pre > threshold.reshape(1, 1)).nonzero(as_tuple=True)
     return Support.of(tokens, indices, *pre.shape)
+
+
+def split_slots(
+    indices: Int[Tensor, "slot"], widths: Sequence[int]
+) -> list[tuple[Bool[Tensor, "slot"], Int[Tensor, "_"]]]:
+    """For groups whose features stand side by side: which slots are a group's, and the features within it."""
+    parts, start = [], 0
+    for width in widths:
+        own = (indices >= start) & (indices < start + width)
+        parts.append((own, indices[own] - start))
+        start += width
+    return parts
 
 
 def split_support(support: Support, widths: Sequence[int]) -> list[Support]:
     """One support per group, from one over all groups' features side by side."""
-    starts = [sum(widths[:g]) for g in range(len(widths))]
-    inside = [
-        (support.indices >= start) & (support.indices < start + width)
-        for start, width in zip(starts, widths, strict=True)
-    ]
-    return [
-        Support.of(support.tokens[own], support.indices[own] - start, support.n_tokens, width)
-        for own, start, width in zip(inside, starts, widths, strict=True)
-    ]
+    parts = zip(split_slots(support.indices, widths), widths, strict=True)
+    return [Support.of(support.tokens[own], indices, support.n_tokens, width) for (own, indices), width in parts]
 
 
 def bag(

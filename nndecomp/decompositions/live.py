@@ -29,12 +29,21 @@ class DictionaryRun:
         self._values[site] = value
         if self._y_hat is None:
             self._y_hat = dictionary.b_dec.repeat(len(value), 1)
-        for g, spec in enumerate(dictionary.spec.groups):
-            if site in spec.reads and all(read in self._values for read in spec.reads):
-                bank = dictionary.banks[g]
-                x = torch.cat([self._values[read] for read in spec.reads], 1) if len(spec.reads) > 1 else value
-                self._codes[g] = dictionary.encode_groups([dictionary.centred(x, g)], [g]).codes[0]
-                self._y_hat[:, bank.writes] += bank.contribution(x, self._codes[g])
+        for groups in dictionary.together:
+            needed = {read for g in groups for read in dictionary.spec.groups[g].reads}
+            if site in needed and needed <= self._values.keys():
+                self._encode(groups, self._y_hat)
+
+    def _encode(self, groups: tuple[int, ...], y_hat: Float[Tensor, "token d_writes"]) -> None:
+        dictionary = self._dictionary
+        reads = [[self._values[read] for read in dictionary.spec.groups[g].reads] for g in groups]
+        inputs = [torch.cat(values, 1) if len(values) > 1 else values[0] for values in reads]
+        centred = [dictionary.centred(x, g) for x, g in zip(inputs, groups, strict=True)]
+        encoded = dictionary.encode_groups(centred, groups).codes
+        for g, x, codes in zip(groups, inputs, encoded, strict=True):
+            bank = dictionary.banks[g]
+            self._codes[g] = codes
+            y_hat[:, bank.writes] += bank.contribution(x, codes)
 
     def write(self, site: Site) -> Float[Tensor, "token width"]:
         missing = [

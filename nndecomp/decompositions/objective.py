@@ -173,7 +173,8 @@ class DictionaryObjective(nn.Module):
         """A copy in eval mode that works on raw activations."""
         computed = self.cfg.decoder is Decoder.archetypal
         dictionary = (archetypal.baked(self.dictionary) if computed else copy.deepcopy(self.dictionary)).eval()
-        dictionary.fold(self.s_read, self.s_write)
+        zero_read, zero_write = torch.zeros_like(self.s_read), torch.zeros_like(self.s_write)
+        dictionary.fold(self.s_read, self.s_write, zero_read, zero_write)
         return dictionary
 
     def _columns(self, rows: Float[Tensor, "token width"], layout: Layout) -> Float[Tensor, "token columns"]:

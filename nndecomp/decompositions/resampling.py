@@ -40,9 +40,9 @@ def resample(
         errors = torch.stack([residual[:, banks[g].writes].square().sum(1) for g in family]).sum(0)
         tokens = draw(errors, len(own))
         read = dictionary.read(x, family[0])
-        mu = torch.zeros_like(read[0]) if dictionary.spec.centre_input else read.mean(0)
+        mu = torch.zeros_like(read[0]) if dictionary.centres else read.mean(0)
         u = unit(read[tokens] - mu)
-        for name, parameter in owner.encoder.named_parameters():
+        for name, parameter in () if owner.encoder is None else owner.encoder.named_parameters():
             if name == "W_enc":
                 parameter[own] = share * living_norm(parameter, own) * u
                 rows = parameter[own]

@@ -25,7 +25,7 @@ class GroupSpec:
 class ActivationSpec:
     kind: Activation
     scope: Scope = Scope.group
-    k: tuple[int, ...] = ()  # topk, batchtopk: one a group
+    k: tuple[int, ...] = ()  # of what selects: one a group
     threshold_rate: float = 0.1  # batchtopk: of the moving average
     initial_threshold: float = 0.1  # jumprelu
     bandwidth: float = 0.1  # jumprelu
@@ -45,6 +45,7 @@ class DictionarySpec:
     skip: bool = False
     centre_input: bool = False
     encoder: Encoder = Encoder.linear
+    frozen_scales: bool = False  # c of each feature stands in a buffer, instead of following its decoder's norms
 
     @property
     def read_layout(self) -> Layout:
@@ -84,6 +85,7 @@ class DictionarySpec:
             "skip": self.skip,
             "centre_input": self.centre_input,
             "encoder": self.encoder.value,
+            "frozen_scales": self.frozen_scales,
         }
 
     @staticmethod
@@ -117,4 +119,5 @@ class DictionarySpec:
             skip=config["skip"],
             centre_input=config["centre_input"],
             encoder=Encoder(config["encoder"]),
+            frozen_scales=config["frozen_scales"],
         )

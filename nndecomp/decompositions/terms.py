@@ -10,6 +10,7 @@ from torch import Tensor
 from nndecomp.config.schema import CodeNormalisation, Dead, DecompositionConfig, PreActivationLoss
 from nndecomp.decompositions import losses, penalties
 from nndecomp.decompositions.activation_pointwise import JumpRelu
+from nndecomp.decompositions.activation_selecting import AbsTopK
 from nndecomp.decompositions.codes import DenseCodes, Encoding
 from nndecomp.decompositions.dead import aux_k, dead_pre_activations, ghost
 from nndecomp.decompositions.groups import SparseDictionary
@@ -61,7 +62,7 @@ def pre_activation(batch: Batch, dead: Bool[Tensor, "all_features"]) -> Float[Te
     cfg, activation, banks = batch.cfg, batch.dictionary.activation, batch.dictionary.banks
     if cfg.pre_activation_loss is PreActivationLoss.none:
         return None
-    thetas = [activation.threshold[g] if isinstance(activation, JumpRelu) else 0.0 for g in range(len(banks))]
+    thetas = [activation.theta(g) if isinstance(activation, JumpRelu) else 0.0 for g in range(len(banks))]
     weights = [None] * len(banks)
     if cfg.code_normalisation is CodeNormalisation.none:
         mixed = (cfg.mixed_weights[0], cfg.mixed_weights[1])
@@ -91,6 +92,6 @@ def revival(
         if cfg.dead is Dead.ghost:
             terms.append(ghost(left, pre, W_dec, fit))
         else:
-            c = batch.encoding.scales[g]
-            terms.append(aux_k(left, pre, None if c is None else c[own], W_dec, cfg.aux_k))
+            c, signed = batch.encoding.scales[g], isinstance(batch.dictionary.activation, AbsTopK)
+            terms.append(aux_k(left, pre, None if c is None else c[own], W_dec, cfg.aux_k, signed))
     return cfg.aux_coefficient * torch.stack(terms).sum() / len(banks) if terms else None

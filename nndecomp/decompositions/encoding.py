@@ -1,0 +1,111 @@
+"""From what groups read to their codes, for each family of activation functions."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nndecomp.decompositions import pursuit
+from nndecomp.decompositions.activation_base import ActivationFunction, Pointwise, Ranking
+from nndecomp.decompositions.activation_pointwise import Gated
+from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding, Scales, SparseCodes
+from nndecomp.decompositions.group import Group
+from nndecomp.decompositions.kernels import Support, split_slots
+from nndecomp.decompositions.pursuit import MatchingPursuit
+
+Inputs = Sequence[Float[Tensor, "token _"]]
+Made = TypeVar("Made")
+
+
+def encode(
+    activation: ActivationFunction,
+    banks: Sequence[Group],
+    inputs: Inputs,
+    groups: Sequence[int],
+    scales: Scales,
+    together: Sequence[Sequence[int]],
+) -> Encoding:
+    """Of `banks`, which are the groups of these numbers. `together`: which of them, by number, pursue jointly."""
+    match activation:
+        case Pointwise():
+            return _pointwise(activation, banks, inputs, groups, scales)
+        case Ranking():
+            return Encoding(_ranked(activation, banks, inputs, groups, scales), scales, None)
+        case MatchingPursuit():
+            return Encoding(_pursued(activation, banks, inputs, groups, together), scales, None)
+        case other:
+            raise AssertionError(f"{type(other).__name__} does not encode")
+
+
+def _by_encoder(banks: Sequence[Group], inputs: Inputs, made: Callable[[Group, Tensor], Made]) -> list[Made]:
+    """Computed once for banks that share an encoder, which read the same."""
+    known: dict[int, Made] = {}
+    for bank, x in zip(banks, inputs, strict=True):
+        if id(bank.encoder) not in known:
+            known[id(bank.encoder)] = made(bank, x)
+    return [known[id(bank.encoder)] for bank in banks]
+
+
+def _pointwise(
+    activation: Pointwise, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
+) -> Encoding:
+    pres = tuple(_by_encoder(banks, inputs, lambda bank, x: bank.pre_activations(x)))
+    each = zip(pres, groups, scales, banks, strict=True)
+    codes = Codes(tuple(DenseCodes(activation(pre, g, c, bank.b_enc)) for pre, g, c, bank in each))
+    gates = tuple(map(activation.gate, pres)) if isinstance(activation, Gated) else None
+    return Encoding(codes, scales, pres, gates)
+
+
+def _ranked(
+    activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
+) -> Codes:
+    with torch.no_grad():
+        affine = _by_encoder(banks, inputs, lambda bank, x: bank.linear_encoder.affine(x))
+        pres = [bank.linear_encoder.combine(*maps) for bank, maps in zip(banks, affine, strict=True)]
+        scores = [pre if c is None else pre * c for pre, c in zip(pres, scales, strict=True)]
+        supports = activation.supports(scores, groups)
+    codes = []
+    for bank, x, maps, support in zip(banks, inputs, affine, supports, strict=True):
+        values = bank.linear_encoder.at(x, maps, support)
+        # A negative pre-activation among the k largest becomes 0, which is not active.
+        codes.append(SparseCodes(values if activation.signed else values.relu(), support))
+    return Codes(tuple(codes))
+
+
+def _pursued(
+    activation: MatchingPursuit,
+    banks: Sequence[Group],
+    inputs: Inputs,
+    groups: Sequence[int],
+    together: Sequence[Sequence[int]],
+) -> Codes:
+    place = {g: i for i, g in enumerate(groups)}
+    codes: dict[int, SparseCodes] = {}
+    for joint in together:
+        own = [place[g] for g in joint]
+        k = sum(activation.k[g] for g in joint)
+        found = _pursued_jointly([banks[i] for i in own], [inputs[i] for i in own], activation.units, k)
+        codes.update(zip(joint, found, strict=True))
+    return Codes(tuple(codes[g] for g in groups))
+
+
+def _pursued_jointly(
+    banks: Sequence[Group], inputs: Inputs, units: Float[Tensor, "d_writes"], k: int
+) -> list[SparseCodes]:
+    """Of groups that together write what they read."""
+    start, stop = min(bank.writes.start for bank in banks), max(bank.writes.stop for bank in banks)
+    n_tokens = len(inputs[0])
+    x = inputs[0].new_zeros(n_tokens, stop - start)
+    for bank, own in zip(banks, inputs, strict=True):
+        x[:, bank.reads.start - start : bank.reads.stop - start] = own
+    rows = [torch.nn.functional.pad(bank.W_dec, (bank.writes.start - start, stop - bank.writes.stop)) for bank in banks]
+    taken, values = pursuit.codes(x * units[start:stop], torch.cat(rows) * units[start:stop], k)
+    tokens = torch.arange(n_tokens, device=taken.device).repeat_interleave(k)
+    return [
+        SparseCodes(values.flatten()[own], Support.of(tokens[own], features, n_tokens, bank.n_features))
+        for bank, (own, features) in zip(
+            banks, split_slots(taken.flatten(), [bank.n_features for bank in banks]), strict=True
+        )
+    ]
