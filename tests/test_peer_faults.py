@@ -40,10 +40,10 @@ COVERED = {
         "test_decompositions_objective.py::test_aux_k_reaches_dead_encoders_and_no_living_feature"
     ),
     "DL, CLT, LMS: aux-k of a residual that is not detached, decoded with the bias, or not divided by its variance": (
-        "test_decompositions_objective.py::test_aux_k_treats_the_residual_as_given_and_compares_it_without_the_bias"
+        "test_dead_features.py::test_aux_k_is_its_formula"
     ),
     "DL: aux-k is 0 / 0 where nothing is left over": (
-        "test_decompositions_objective.py::test_aux_k_of_a_perfect_reconstruction_is_0_and_finite"
+        "test_dead_features.py::test_aux_k_of_a_perfect_reconstruction_is_0_and_finite"
     ),
     "CLT: features are dead after batches, not tokens": (
         "test_decompositions_objective.py::test_liveness_counts_tokens_since_each_feature_fired"
@@ -104,7 +104,7 @@ COVERED = {
         "test_training_parts.py::test_the_learning_rate_follows_its_table"
     ),
     "CLT: the penalty is a sum over tokens, so that its coefficient depends on the batch": (
-        "test_decompositions_objective.py::test_penalties_are_sums_over_features_and_means_over_tokens"
+        "test_losses.py::test_penalties_are_sums_over_features_and_means_over_tokens"
     ),
     "CLT: a step whose loss is not finite is skipped in silence": (
         "test_training_loop.py::test_a_number_that_is_not_finite_stops_the_run_by_name_and_is_never_saved"

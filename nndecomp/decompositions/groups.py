@@ -177,6 +177,9 @@ class SparseDictionary(Pretrained, Decomposition):
                 bank.W_enc.copy_(W_enc)
             if isinstance(bank.encoder, GluEncoder):
                 bank.encoder.W_glu.copy_(_directions(f"{seed} W_glu {reads}", *bank.W_enc.shape))
+            if spec.reads == spec.writes:
+                bank.W_dec.copy_(decoder_norm * W_enc)
+                continue
             within = Layout.of({site: self._spec.widths[site] for site in spec.reads})
             if set(spec.writes) <= set(spec.reads):
                 columns = within.span(spec.writes)
