@@ -113,12 +113,13 @@ class ModuleTarget(Target):
     def neurons_of(self, site: Site) -> Neurons:
         """Linear maps are asked what they do to unit vectors, so that it does not matter how they store their weights."""
         assert site.point is Point.mlp_in, f"neurons read mlp_in, not {site}"
-        nothing = torch.zeros(1, self.shape.d_model, device=self.device)
+        shape = self.shape.of(None)
+        nothing = torch.zeros(1, shape.d_model, device=self.device)
         bias = self._through(site, self.wiring.neurons, nothing)
-        read = self._through(site, self.wiring.neurons, torch.eye(self.shape.d_model, device=self.device)) - bias
-        silent = torch.zeros(1, self.shape.d_mlp, device=self.device)
+        read = self._through(site, self.wiring.neurons, torch.eye(shape.d_model, device=self.device)) - bias
+        silent = torch.zeros(1, shape.d_mlp, device=self.device)
         out, *rest = self.wiring.mlp_tail
-        write = self._through(site, out, torch.eye(self.shape.d_mlp, device=self.device))
+        write = self._through(site, out, torch.eye(shape.d_mlp, device=self.device))
         write = write - self._through(site, out, silent)
         for path in rest:
             write = self._through(site, path, write)
