@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from nndecomp.config.registry import CONF, register
@@ -45,10 +46,21 @@ def changed(cfg: DecompositionConfig, settings: Mapping[str, Any]) -> Decomposit
     return new
 
 
+@contextmanager
+def _beside_a_running_app() -> Iterator[None]:
+    """Hydra knows one application at a time; an experiment that composes further settings is itself one."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
 def compose_tree(name: str, overrides: Sequence[str] = (), with_hydra: bool = False) -> DictConfig:
     """Hydra's tree for conf/<name>.yaml; `with_hydra` keeps the node that says where and how jobs run."""
     register()
-    with refusing(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+    with refusing(), _beside_a_running_app(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return hydra.compose(name, list(overrides), return_hydra_config=with_hydra)
 
 
