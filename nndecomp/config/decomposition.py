@@ -52,7 +52,7 @@ class DecompositionConfig:
     k_anneal: float = 0.0  # ... over this share of training
     threshold_rate: float = 0.1  # batchtopk: moving average of the smallest value kept; 0.01 lags 100 steps behind
     jumprelu_threshold: float = 0.1  # initial
-    jumprelu_bandwidth: float = 0.1  # of the rectangle kernel, in units of the pre-activations
+    jumprelu_bandwidth: float = 0.1  # of the rectangle kernel, in units of z c, as thresholds are
     jumprelu_gradient: JumpReluGradient = JumpReluGradient.exact
     jumprelu_log_threshold: bool = False  # learn log theta
     # --- losses ---
@@ -147,6 +147,18 @@ class DecompositionConfig:
                 f"decomposition.{name} needs a dictionary that writes what it reads, but reads={self.reads} "
                 f"and writes={self.writes}",
             )
+        for name in ("encoder", "code_normalisation", "centre_input", "scope", "centre_pre_activations"):
+            value, initial = getattr(self, name), type(self).__dataclass_fields__[name].default
+            require(
+                not self._pursues or value == initial,
+                f"decomposition.{name}={getattr(value, 'value', value)} has no meaning for "
+                "decomposition.activation=matching_pursuit, whose decoder encodes; leave it out",
+            )
+        require(
+            not self.jumprelu_log_threshold or self.jumprelu_threshold > 0,
+            f"decomposition.jumprelu_threshold={self.jumprelu_threshold} has no logarithm; "
+            "write a positive one, or jumprelu_log_threshold=false",
+        )
         require(
             CodeNormalisation.decoupled not in (self.code_normalisation, self.penalty_normalisation)
             or self.architecture in CROSSCODERS,
