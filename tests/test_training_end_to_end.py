@@ -22,6 +22,8 @@ from nndecomp.config.schema import (
     ActivationsConfig,
     ActivationsKind,
     Architecture,
+    Dead,
+    Decoder,
     EndToEnd,
     Together,
 )
@@ -34,6 +36,7 @@ from nndecomp.training.clean_sequences import CleanBatch, CleanSequences
 from nndecomp.training.end_to_end import EndToEndObjective, cross_entropy, kl_divergence
 from nndecomp.training.log import Log
 from nndecomp.training.loop import train
+from nndecomp.training.objective import Objective
 from nndecomp.training.preemption import Preempted
 from nndecomp.types import Point, Site
 
@@ -326,3 +329,30 @@ def test_a_crosscoder_is_trained_one_site_at_a_time():
     )
     loss, terms = made.loss(batch_of(made), 0.0)
     assert loss.isfinite() and float(terms["end_to_end"]) > 0.1
+
+
+def test_the_loop_can_train_it_and_resets_reach_it():
+    settings = {"dead": Dead.resample, "dead_after_tokens": 1, "resample_every": 1}
+    made = objective(ToyTarget(N_LAYERS), **settings)
+    assert isinstance(made, Objective)
+    optimiser, batch = torch.optim.Adam(made.parameters(), lr=0.01), batch_of(made)
+    for n in range(3):
+        step(made, optimiser, batch, n / 3)
+    resets = made.take_resets()
+    own = {id(parameter) for parameter in made.parameters()}
+    assert resets and all(id(parameter) in own for parameter, _ in resets)
+
+
+def test_the_learning_rate_of_thresholds_is_found_by_the_names_the_loop_sees():
+    jumprelu = {"activation": Activation.jumprelu, "k": None, "threshold_lr": 0.1}
+    made = objective(ToyTarget(N_LAYERS), **jumprelu)
+    assert set(made.lr_shares()) <= set(dict(made.named_parameters())) and len(made.lr_shares()) == N_LAYERS
+
+
+def test_a_decoder_that_is_computed_learns_through_the_target():
+    """W_dec of an archetypal dictionary is no parameter: its weights on archetypes are."""
+    archetypal = {"decoder": Decoder.archetypal, "archetypes": 16}
+    made = objective(ToyTarget(N_LAYERS), local_coefficient=0.0, **archetypal)
+    made.loss(batch_of(made), 0.0)
+    reached = gradients(made, made.damage(batch_of(made)))
+    assert all(reached[name].abs().max() > 0 for name in reached if name.endswith(".A"))

@@ -10,7 +10,7 @@ with all sites at once it is the loss of the replacement model). The local loss,
 is that of the clean activations of the same batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +165,9 @@ class EndToEndObjective(nn.Module):
 
     def after_step(self) -> None:
         self.local.after_step()
+
+    def take_resets(self) -> Sequence[tuple[nn.Parameter, Tensor]]:
+        return self.local.take_resets()
 
     def own_training(self, cfg: TrainingConfig) -> TrainingConfig:
         return self.local.own_training(cfg)
