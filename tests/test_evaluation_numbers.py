@@ -57,6 +57,18 @@ def test_fvu_sees_a_constant_offset_and_pooled_sums_do_not_depend_on_the_batchin
         assert site_mean(metric, y, y_hat, 1) == pytest.approx(site_mean(metric, y, y_hat, 5), rel=1e-12)
 
 
+def test_a_coordinate_with_most_of_the_variance_hides_the_others_from_the_pooled_fvu_alone():
+    """The first of four coordinates is explained, the second half, the third not at all, the fourth never varies."""
+    y = torch.randn(4, 50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([100.0, 1, 1, 0]) + 7
+    mean = y.mean((0, 1)).expand_as(y)
+    y_hat = torch.stack([y[..., 0], (y[..., 1] + mean[..., 1]) / 2, mean[..., 2], y[..., 3]], -1)
+    errors = SiteErrors(4, torch.full((4,), 3.0))
+    for batch in batches(4, 50, 3):
+        errors.add(batch, y[batch.seqs].flatten(0, 1), y_hat[batch.seqs].flatten(0, 1))
+    assert site_mean("fvu", y, y_hat) < 2e-4
+    torch.testing.assert_close(errors.fvus, torch.tensor([0, 0.25, 1], dtype=torch.float64), rtol=1e-4, atol=1e-4)
+
+
 def test_mse_and_cosine_by_hand():
     y, y_hat = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]]), torch.tensor([[[3.0, 0.0], [0.0, 0.0]]])
     assert site_mean("mse", y, y_hat) == pytest.approx((16 + 4) / 4)

@@ -4,8 +4,11 @@
 
 y is what arrives at the site in the run that is measured: in the undisturbed run (clean), or in the one with everything
 replaced (live), where it is what the module computes from disturbed inputs. Sums are over all kept
-tokens, in float64. fvu is 1 for a decomposition that always answers the mean, and the same under y -> a y. Pooled over sites, `fvu` divides summed errors by summed variances (a site with more variance weighs more);
-`fvu_mean_over_sites` weighs sites equally.
+tokens, in float64. fvu is 1 for a decomposition that always answers the mean, and the same under y -> a y.
+
+    fvu                        summed errors / summed variances, over coordinates and sites: what varies more weighs more
+    fvu_mean_over_sites        sites weigh equally
+    fvu_mean_over_coordinates  coordinates weigh equally: a few with most of the variance do not hide the others
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,11 +30,16 @@ class SiteErrors:
         self.centre = exact(centre)
         self.squared_error, self.cosine, self.squares, self.n = torch.zeros(4, n_seqs, dtype=torch.float64).unbind()
         self.sums = torch.zeros(n_seqs, len(centre), dtype=torch.float64)
+        # Of each coordinate, over all sequences.
+        self.squared_errors, self.square_sums = torch.zeros(2, len(centre), dtype=torch.float64).unbind()
 
     def add(self, batch: Batch, y: Float[Tensor, "token width"], y_hat: Float[Tensor, "token width"]) -> None:
         y, y_hat = exact(y), exact(y_hat)
         centred = y - self.centre.to(y)
-        self.squared_error[batch.seqs] += batch.per_seq((y - y_hat).square()).sum(-1)
+        errors = (y - y_hat).square()
+        self.squared_errors += errors.sum(0).cpu()
+        self.square_sums += centred.square().sum(0).cpu()
+        self.squared_error[batch.seqs] += batch.per_seq(errors).sum(-1)
         self.cosine[batch.seqs] += batch.per_seq(torch.cosine_similarity(y, y_hat, dim=-1))
         self.squares[batch.seqs] += batch.per_seq(centred.square()).sum(-1)
         self.sums[batch.seqs] += batch.per_seq(centred)
@@ -42,6 +50,15 @@ class SiteErrors:
         """Each sequence's share of sum |y - mean y|^2, the mean taken over all sequences."""
         mean = self.sums.sum(0) / self.n.sum()
         return self.squares - 2 * self.sums @ mean + self.n * mean.square().sum()
+
+    @property
+    def fvus(self) -> Float[Tensor, " width"]:
+        """Of each coordinate; those that never vary say nothing and are left out."""
+        mean = self.sums.sum(0) / self.n.sum()
+        variances = self.square_sums - self.n.sum() * mean.square()
+        # What rounding leaves of a constant coordinate is not a variance.
+        varies = variances > 1e-12 * variances.sum()
+        return self.squared_errors[varies] / variances[varies]
 
 
 def site_means(errors: Mapping[Site, SiteErrors]) -> dict[tuple[str, str], Ratio]:

@@ -244,6 +244,9 @@ def _reconstruction_rows(
             yield row(metric, e.value, units[metric], site, low=e.low, high=e.high)
         fvus = [estimate(means["fvu", str(site)], drawn[:0], confidence).value for site in m.writes]
         yield row("fvu_mean_over_sites", sum(fvus) / len(fvus), "share", "all")
+        by_coordinate = {str(site): errors.fvus for site, errors in m.errors[inputs].items()}
+        for site, each in {**by_coordinate, "all": torch.cat(list(by_coordinate.values()))}.items():
+            yield row("fvu_mean_over_coordinates", each.mean().item(), "share", site)
         for group, density in activity.densities().items():
             for metric, share in density_summary(density).items():
                 yield row(metric, share, "share", group)
