@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from decomposition_parts import ACTIVATIONS, ARCHITECTURES, N_LAYERS, SHAPE, D, F, config, dictionary
+from decomposition_parts import ACTIVATIONS, ARCHITECTURES, N_LAYERS, SHAPE, D, F, config, dictionary, shape_of
 
 from nndecomp.config.schema import Architecture
 from nndecomp.decompositions.sizes import n_features_for, n_parameters
@@ -25,7 +25,7 @@ def test_parameters_are_counted_as_by_hand():
 def test_parameters_are_those_of_the_dictionary_that_is_built(architecture: str, activation: str):
     settings: dict[str, Any] = ARCHITECTURES[architecture] | ACTIVATIONS[activation]
     built = sum(parameter.numel() for parameter in dictionary(**settings).parameters())
-    assert n_parameters(config(**settings), SHAPE) == built
+    assert n_parameters(config(**settings), shape_of(settings)) == built
 
 
 @pytest.mark.parametrize("architecture", ["cross_layer_transcoder", "skip_cross_layer_transcoder", "per_layer_sae"])
@@ -47,7 +47,7 @@ def test_a_cross_layer_transcoder_of_the_same_size_has_fewer_features():
 def test_a_size_is_its_own_match():
     for settings in ARCHITECTURES.values():
         cfg = config(**settings)
-        assert n_features_for(cfg, SHAPE, n_parameters(cfg, SHAPE)) == F
+        assert n_features_for(cfg, shape_of(settings), n_parameters(cfg, shape_of(settings))) == F
 
 
 def test_a_budget_below_the_smallest_dictionary_is_refused():
