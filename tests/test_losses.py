@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decomposition_parts import F, K, inputs, objective, planted, settled
+from decomposition_parts import ARCHITECTURES, F, K, inputs, objective, planted, settled, train
 from torch import Tensor
 
 from nndecomp.config.schema import (
@@ -296,3 +296,20 @@ def test_losses_that_make_no_sense_are_refused_in_one_sentence(settings: dict[st
     with pytest.raises(SettingError, match=sentence) as refused:
         objective(**ONE, **settings)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_annealing_p_leaves_fewer_active_features_and_a_better_fit_than_l1():
+    """What p-annealing is for: l1 shrinks large codes, v^p with small p hardly does."""
+    after = {}
+    for settings in ({"penalty": Penalty.l1}, {"penalty": Penalty.lp}):
+        made = objective(
+            **(ARCHITECTURES["sae"] | RELU | settings),
+            penalty_normalisation=CodeNormalisation.sae,
+            penalty_coefficient=0.05,
+        )
+        train(made, 400, lr=3e-3)
+        _, metrics = made.loss(planted(made.layout, 1000, seed=999), 1.0)
+        after[settings["penalty"]] = float(metrics["l0"]), float(metrics["fvu"])
+    (l1_l0, l1_fvu), (lp_l0, lp_fvu) = after[Penalty.l1], after[Penalty.lp]
+    assert lp_l0 < l1_l0 and lp_fvu < 0.8 * l1_fvu, after
