@@ -112,10 +112,10 @@ def test_ghosts_of_large_pre_activations_stay_finite():
 @pytest.mark.parametrize(
     "architecture", ["sae", "centred_sae", "skip_transcoder", "cross_layer_transcoder", "crosscoder"]
 )
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "glu"])
 def test_dead_features_learn_and_no_living_one_does(kind: Dead, architecture: str, activation: str):
     """That of dictionary_learning's TopK trainer sees codes after selection, where dead ones are 0: no encoder learns."""
-    settings: dict[str, Any] = {**ARCHITECTURES[architecture], **ACTIVATIONS[activation]}
+    settings: dict[str, Any] = ARCHITECTURES[architecture] | ACTIVATIONS.get(activation, {"encoder": Encoder.glu})
     made = objective(**settings, dead=kind, dead_after_tokens=100, aux_coefficient=1.0)
     kill(made)
     with torch.no_grad():
@@ -319,6 +319,19 @@ def test_a_glu_encoder_is_resampled_with_its_gate():
     x, _ = drawn(made)
     pre = made.dictionary.banks[0].pre_activations(x)[:, :5].detach()
     assert (pre.amax(0) > 0).all() and pre.isfinite().all()
+
+
+def test_both_branches_of_a_gate_are_resampled_alike():
+    """A feature starts with a gate that is open where, and as far as, its magnitude is positive."""
+    made = resampling(**SAE, **ACTIVATIONS["gated"])
+    with torch.no_grad():
+        made.dictionary.activation.r[0].fill_(1.0)
+        made.dictionary.activation.b_mag[0].fill_(0.3)
+    kill(made)
+    x, _ = drawn(made)
+    (codes,), (pre,) = made.dictionary.encode(x), [made.dictionary.banks[0].pre_activations(x)]
+    torch.testing.assert_close(codes.dense()[:, :5], pre[:, :5].relu())
+    assert (made.dictionary.activation.r[0] == 1).any()
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)])

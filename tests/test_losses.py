@@ -313,3 +313,74 @@ def test_annealing_p_leaves_fewer_active_features_and_a_better_fit_than_l1():
         after[settings["penalty"]] = float(metrics["l0"]), float(metrics["fvu"])
     (l1_l0, l1_fvu), (lp_l0, lp_fvu) = after[Penalty.l1], after[Penalty.lp]
     assert lp_l0 < l1_l0 and lp_fvu < 0.8 * l1_fvu, after
+
+
+GATED = {"activation": Activation.gated, "k": None}
+
+
+def test_the_gate_reconstructs_alone_through_a_decoder_that_does_not_learn_from_it():
+    made = objective(**ONE, **GATED, gate_coefficient=0.5, reconstruction=Reconstruction.sum_of_squares, skip=True)
+    made.cfg.local_coefficient = 0.0
+    rows = planted(made.layout, 50)
+    loss, metrics = made.loss(rows, 0.5)
+    x, y = (rows[:, span] for span in made.layout.spans.values())
+    (bank,), b_dec = made.dictionary.banks, made.dictionary.b_dec
+    y_hat = (x @ bank.W_enc.T + bank.b_enc).relu() @ bank.W_dec + b_dec + x @ bank.W_skip
+    expected = 0.5 * (y - y_hat).square().sum(1).mean()
+    torch.testing.assert_close(metrics["loss/gate"], expected.detach())
+    loss.backward()
+    assert not any(p.grad.any() for p in (bank.W_dec, b_dec, bank.W_skip))
+    assert bank.W_enc.grad.any() and bank.b_enc.grad.any()
+
+
+@pytest.mark.parametrize("penalty", [{"penalty": Penalty.l1}, {"penalty": Penalty.lp, "p_start": 0.5}])
+def test_the_penalty_of_gated_dictionaries_is_on_the_gate(penalty: dict[str, Any]):
+    """Gated, and gated annealing: the codes' size is free, so nothing shrinks."""
+    made = objective(
+        **(ONE | GATED | penalty),
+        penalty_coefficient=2.0,
+        penalty_normalisation=CodeNormalisation.sae,
+        penalty_warmup=0.0,
+    )
+    with torch.no_grad():
+        made.dictionary.activation.r[0].fill_(1.0)
+    rows = planted(made.layout, 50)
+    _, metrics = made.loss(rows, 0.1)
+    (bank,) = made.dictionary.banks
+    x = rows[:, : made.dictionary.read_layout.width]
+    v = (x @ bank.W_enc.T + bank.b_enc).relu() * bank.W_dec.norm(dim=1)
+    expected = 2 * (v ** penalty.get("p_start", 1.0)).sum() / 50
+    torch.testing.assert_close(metrics["loss/penalty"], expected.detach())
+
+
+def test_thresholds_of_a_normalised_code_are_met_by_z_c():
+    """The pre-activation loss compares theta with what the activation function compares it with."""
+    made = objective(
+        **ONE,
+        **JUMP,
+        code_normalisation=CodeNormalisation.sae,
+        pre_activation_loss=PreActivationLoss.threshold,
+        pre_activation_coefficient=1.0,
+    )
+    rows = planted(made.layout, 50)
+    _, metrics = made.loss(rows, 0.5)
+    (pre,), (bank,) = made._step.encoding.pres, made.dictionary.banks
+    short = (0.5 - pre * bank.W_dec.norm(dim=1)).relu().sum() / 50
+    torch.testing.assert_close(metrics["loss/pre_activation"], short.detach())
+    codes = made._step.encoding.codes[0].dense()
+    assert ((codes > 0) == (pre * bank.W_dec.norm(dim=1) > 0.5)).all()
+
+
+def test_annealing_k_starts_at_k_start_and_ends_at_k():
+    """With the first step at k_start: dictionary_learning trains its first step at k, and is one late ever after."""
+    made = objective(**ONE, activation=Activation.topk, k=2, k_start=8, k_anneal=0.6)
+    rows, seen = planted(made.layout, 20), []
+    for step in range(10):
+        _, metrics = made.loss(rows, step / 10)
+        seen.append(float(metrics["k"]))
+        assert float(metrics["l0"]) <= seen[-1]
+        made.after_step()
+    assert seen == [8, 7, 6, 5, 4, 3, 2, 2, 2, 2]
+    made.eval()
+    made.loss(rows, 0.0)
+    assert made.dictionary.activation.k == [2], "a look changes nothing"

@@ -42,14 +42,14 @@ def resample(
         read = dictionary.read(x, family[0])
         mu = torch.zeros_like(read[0]) if dictionary.centres else read.mean(0)
         u = unit(read[tokens] - mu)
-        for name, parameter in () if owner.encoder is None else owner.encoder.named_parameters():
-            if name == "W_enc":
-                parameter[own] = share * living_norm(parameter, own) * u
-                rows = parameter[own]
-                owner.b_enc[own] = -(rows @ mu)
-            elif name != "b_enc":
+        shift = read.new_zeros(owner.n_features)  # W_enc . mu
+        if owner.encoder is not None:
+            W_enc = share * living_norm(owner.W_enc, own) * u
+            shift[own] = W_enc @ mu
+            for parameter in owner.encoder.parameters():  # a GLU's gate starts half open everywhere
                 parameter[own] = 0
-            changed.append((parameter, own))
+                changed.append((parameter, own))
+            owner.W_enc[own], owner.b_enc[own] = W_enc, -shift[own]
         for g in family:
             bank = banks[g]
             direction = u if dictionary.spec.groups[g].reads == dictionary.spec.groups[g].writes else None
@@ -60,6 +60,7 @@ def resample(
             for parameter, start in dictionary.activation.starts(g):
                 parameter[own] = start
                 changed.append((parameter, own))
+            dictionary.activation.fold_bias(g, shift)  # what other biases are to b_enc, they stay
     return changed
 
 
