@@ -6,6 +6,7 @@ from typing import Any
 
 from nndecomp.build.presets import presets
 from nndecomp.config.compose import changed
+from nndecomp.config.molt_lorsa_checks import RANKS
 from nndecomp.config.schema import (
     Activation,
     Architecture,
@@ -63,10 +64,12 @@ def _over_k(settings: Mapping[str, Any], ks: list[int]) -> dict[str, Mapping[str
 
 def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int) -> DecompositionConfig:
     """The same settings with another wiring, where it takes the place of the MLPs, as its file in conf/ has it."""
+    # What is said of ranks is for molt alone, which may stand beside others.
+    cfg = cfg if architecture is Architecture.molt else replace(cfg, ranks=[list(pair) for pair in RANKS])
     match architecture:
         case Architecture.per_layer_sae:
             reads, changes = ["mlp_out"], {"skip": False, "centre_input": True, "decoder": Decoder.unit_norm}
-        case Architecture.per_layer_transcoder | Architecture.cross_layer_transcoder:
+        case Architecture.per_layer_transcoder | Architecture.cross_layer_transcoder | Architecture.molt:
             reads, changes = ["mlp_in"], {}
         case Architecture.neurons:
             # Their number is the target's d_mlp; n_features only must not refuse k.
@@ -75,7 +78,7 @@ def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int
             require(
                 False,
                 f"compare.architectures has {other.value}, which does not take the place of all MLPs; "
-                "write per_layer_sae, per_layer_transcoder, cross_layer_transcoder or neurons",
+                "write per_layer_sae, per_layer_transcoder, cross_layer_transcoder, molt or neurons",
             )
             raise AssertionError
     return replace(cfg, architecture=architecture, reads=reads, writes=["mlp_out"], k=k, **changes)

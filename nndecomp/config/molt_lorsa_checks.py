@@ -95,8 +95,10 @@ def _check_ranks(cfg: Settings) -> None:
 
 
 def _plain(value: Any) -> str:
-    return (
-        str(value.value)
-        if isinstance(value, Enum)
-        else {None: "null", True: "true", False: "false"}.get(value, str(value))
-    )
+    match value:
+        case Enum():
+            return str(value.value)
+        case None | bool():
+            return {None: "null", True: "true", False: "false"}[value]
+        case _:
+            return str(value)

@@ -8,7 +8,7 @@ from nndecomp.decompositions.spec import ActivationSpec, DictionarySpec
 from nndecomp.decompositions.wiring import wire
 from nndecomp.targets.base import Shape
 
-_NO_DICTIONARY = (Architecture.neurons, Architecture.molt, Architecture.lorsa)
+_NO_DICTIONARY = (Architecture.neurons, Architecture.lorsa)
 _START_TIED = (
     *(Architecture.sae, Architecture.per_layer_sae, Architecture.crosscoder, Architecture.causal_crosscoder),
     Architecture.dedicated_feature_crosscoder,
