@@ -5,6 +5,7 @@ import torch
 from decomposition_parts import config, dictionary, inputs, objective, planted, settled
 from torch import Tensor
 
+from nndecomp.build.members import of_architecture
 from nndecomp.config.schema import Activation, Architecture, Dead
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.molt import TransformGroup
@@ -135,3 +136,10 @@ def test_settings_of_ranks_are_kept_by_the_spec_and_by_files(tmp_path) -> None:
     loaded = SparseDictionary.from_pretrained(tmp_path / "molt")
     assert loaded.spec == made.spec and isinstance(loaded.banks[0], TransformGroup)
     assert config(**MOLT).ranks == RANKS
+
+
+def test_a_comparison_has_transforms_beside_others_and_ranks_are_theirs_alone() -> None:
+    base = config(ranks=RANKS, architecture=Architecture.molt)
+    assert of_architecture(base, Architecture.molt, 5).ranks == RANKS
+    other = of_architecture(base, Architecture.per_layer_transcoder, 5)
+    assert (other.architecture, other.reads, other.k) == (Architecture.per_layer_transcoder, ["mlp_in"], 5)

@@ -64,8 +64,6 @@ def _over_k(settings: Mapping[str, Any], ks: list[int]) -> dict[str, Mapping[str
 
 def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int) -> DecompositionConfig:
     """The same settings with another wiring, where it takes the place of the MLPs, as its file in conf/ has it."""
-    # What is said of ranks is for molt alone, which may stand beside others.
-    cfg = cfg if architecture is Architecture.molt else replace(cfg, ranks=[list(pair) for pair in RANKS])
     match architecture:
         case Architecture.per_layer_sae:
             reads, changes = ["mlp_out"], {"skip": False, "centre_input": True, "decoder": Decoder.unit_norm}
@@ -81,4 +79,6 @@ def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int
                 "write per_layer_sae, per_layer_transcoder, cross_layer_transcoder, molt or neurons",
             )
             raise AssertionError
+    if architecture is not Architecture.molt:  # what is said of ranks is for molt, which may stand beside others
+        changes["ranks"] = [list(pair) for pair in RANKS]
     return replace(cfg, architecture=architecture, reads=reads, writes=["mlp_out"], k=k, **changes)
