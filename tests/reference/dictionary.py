@@ -72,7 +72,7 @@ def code_scale(dictionary: SparseDictionary, group: GroupSpec) -> Tensor:
             case CodeNormalisation.decoupled:
                 assert len(norms) == 1
                 c.append(norms[0])
-    return torch.tensor(c, dtype=bank.W_dec.dtype)
+    return torch.tensor(c, dtype=bank.b_enc.dtype)
 
 
 def pursuit(residual: Tensor, D: Tensor, k: int) -> Tensor:
