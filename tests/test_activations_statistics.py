@@ -11,11 +11,11 @@ from torch import Tensor
 from nndecomp.activations.buffer import ShuffleBuffer
 from nndecomp.activations.harvest import Harvester, kept
 from nndecomp.activations.manifest import row_settings
-from nndecomp.activations.statistics import RunningStatistics, measure, site_means, site_scales
+from nndecomp.activations.statistics import RunningStatistics, affine, measure, normalisation, site_means, site_scales
 from nndecomp.activations.store import open_store
 from nndecomp.activations.store_writer import write_store
-from nndecomp.activations.stream import RowStream, StoreStream, live_stream
-from nndecomp.config.schema import DType, TargetConfig, TargetKind, TokensConfig, TokensKind
+from nndecomp.activations.stream import RowStream, StoreStream
+from nndecomp.config.schema import DType, Normalisation, TargetConfig, TargetKind, TokensConfig, TokensKind
 from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig
 from nndecomp.targets.llama_simple_mlp_target import LlamaSimpleMLPTarget
 from nndecomp.types import Layout, Point, Site
@@ -74,6 +74,60 @@ def test_rows_divided_by_the_scale_have_mean_square_one() -> None:
         assert scaled.square().sum(1).mean().item() == pytest.approx(layout.widths[layout.sites.index(site)], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", list(Normalisation))
+def test_normalised_rows_have_the_mean_and_the_size_that_the_setting_says(kind: Normalisation) -> None:
+    layout = Layout.of({READ: 2, WRITE: 3})
+    rows = torch.randn(4000, 5) * torch.tensor([1.0, 2.0, 10.0, 20.0, 0.0]) + torch.tensor([0.0, 1.0, 5.0, -5.0, 3.0])
+    scales = normalisation(statistics_of(rows), layout, kind)
+    parts = {site: affine(scale, layout.width_of(site)) for site, scale in scales.items()}
+    made = {site: (rows[:, span] - parts[site].mean) / parts[site].scale for site, span in layout.spans.items()}
+    squares = {site: made[site].square().mean().item() for site in layout.sites}
+    centred = all(bool((part.mean(0).abs() < 1e-5).all()) for part in made.values())
+    assert centred == (kind in (Normalisation.centred, Normalisation.coordinate))
+    match kind:
+        case Normalisation.none:
+            assert all(torch.equal(made[site], rows[:, span]) for site, span in layout.spans.items())
+        case Normalisation.dataset | Normalisation.centred:
+            assert list(squares.values()) == pytest.approx([1, 1], rel=1e-5)
+        case Normalisation.shared:
+            assert (2 * squares[READ] + 3 * squares[WRITE]) / 5 == pytest.approx(1, rel=1e-5)
+            assert squares[WRITE] / squares[READ] == pytest.approx(
+                (rows[:, 2:].square().mean() / rows[:, :2].square().mean()).item(), rel=1e-4
+            )
+        case Normalisation.coordinate:
+            columns = torch.cat(list(made.values()), 1).square().mean(0)
+            torch.testing.assert_close(columns, torch.tensor([1.0, 1, 1, 1, 0]), rtol=1e-5, atol=1e-6)
+
+
+def test_masked_positions_never_enter_the_scales() -> None:
+    """A fault of Language-Model-SAEs: its norms are estimated without the mask, so that BOS and padding swamp them."""
+
+    def tokens() -> Counting:
+        return Counting(16, padded=True, bos=True)
+
+    class Loud(LlamaSimpleMLPTarget):
+        """What stands at BOS and at padding is a million times as large."""
+
+        def record(self, tokens: Tensor, sites: list[Site]) -> dict[Site, Tensor]:
+            batch = Counting(16, padded=True, bos=True).next_batch(2)
+            masked = ~batch.mask | batch.is_bos
+            return {
+                site: v * torch.where(masked, 1e6, 1.0)[..., None] for site, v in super().record(tokens, sites).items()
+            }
+
+    plain = llama()
+    loud = Loud("loud", plain.model, Vocabulary())
+    sites = [Site(0, Point.mlp_in), Site(1, Point.mlp_out)]
+    for kind in (Normalisation.dataset, Normalisation.coordinate):
+        scales = []
+        for target in (plain, loud):
+            source = Harvester(target, tokens(), sites, settings(drop_bos=True), seq_len=16)
+            scales.append(normalisation(measure(source, 1), source.layout, kind))
+        for site in sites:
+            ours, theirs = (affine(each[site], 24) for each in scales)
+            assert torch.equal(ours.scale, theirs.scale) and torch.equal(ours.mean, theirs.mean)
+
+
 def test_means_are_those_of_the_rows_that_count() -> None:
     source = Harvester(
         llama(), Counting(16, padded=True, bos=True), [Site(1, Point.mlp_out)], settings(drop_bos=True), seq_len=16
@@ -125,7 +179,7 @@ def test_a_live_stream_and_a_store_serve_the_same_rows(tmp_path: Path, dtype: DT
     write_store(source, tmp_path, named, n_rows=n_rows, seed=0, shard_rows=256)
     store = open_store(tmp_path, SITES, named)
     store.check_target(llama())
-    live: RowStream = live_stream(source_of(dtype), batch_tokens=20, seed=0)
+    live: RowStream = ShuffleBuffer(source_of(dtype), 200, 20, seed=0)
     read: RowStream = StoreStream(store, 20, 0, 256, CPU)
     assert live.layout == read.layout
     stored = store.rows(0, n_rows).float()

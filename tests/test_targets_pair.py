@@ -9,12 +9,13 @@ from activation_parts import Counting, TokenIds, ids, settings
 from tiny_models import save_tiny_model, tiny_tokenizer, tiny_tokens
 
 from nndecomp import build
+from nndecomp.activations.buffer import ShuffleBuffer
 from nndecomp.activations.harvest import Harvester
 from nndecomp.activations.manifest import row_settings
 from nndecomp.activations.statistics import measure, site_scales
 from nndecomp.activations.store import open_store
 from nndecomp.activations.store_writer import write_store
-from nndecomp.activations.stream import StoreStream, live_stream
+from nndecomp.activations.stream import StoreStream
 from nndecomp.config.compose import compose
 from nndecomp.config.schema import TargetConfig, TargetKind, TokensConfig, TokensKind
 from nndecomp.errors import SettingError
@@ -133,7 +134,7 @@ def both(rows: torch.Tensor, layout: Layout) -> tuple[list[int], list[int]]:
 
 def test_rows_of_both_models_at_one_index_are_one_token_however_shuffled(tmp_path: Path):
     """A peer's cache shuffled each model's shards by itself, after which rows of the two no longer met."""
-    stream = live_stream(id_harvester(buffer_tokens=64), 16, seed=0)
+    stream = ShuffleBuffer(id_harvester(), 64, 16, seed=0)
     shuffled = [both(stream.next_batch(), stream.layout) for _ in range(6)]
     assert all(a == b for a, b in shuffled)
     assert shuffled[0][0] != sorted(shuffled[0][0]), "shuffled"

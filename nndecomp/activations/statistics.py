@@ -1,5 +1,6 @@
 """Mean, variance and scale of each site, streamed in float64 over the rows that count."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nndecomp.activations.buffer import RowSource
+from nndecomp.config.schema import Normalisation
 from nndecomp.types import Layout, Site
 
 # Numbers cast to float64 at a time: on a CPU they stay in the cache, on a GPU they are few launches.
@@ -72,6 +74,50 @@ def measure(source: RowSource, n_rows: int) -> RunningStatistics:
     while statistics.count < n_rows:
         statistics.update(source.next_rows())
     return statistics
+
+
+@dataclass(frozen=True)
+class Affine:
+    """x~ = (x - mean) / scale, of the columns of one site."""
+
+    mean: Float[Tensor, "width"]
+    scale: Float[Tensor, "width"]
+
+
+# One number: x~ = x / scale.
+SiteScale = float | Affine
+
+
+def affine(scale: SiteScale, width: int) -> Affine:
+    match scale:
+        case Affine():
+            assert scale.mean.shape == scale.scale.shape == (width,), f"scales {scale.scale.shape} of {width} columns"
+            return scale
+        case _:
+            return Affine(torch.zeros(width), torch.full((width,), scale))
+
+
+def normalisation(statistics: RunningStatistics, layout: Layout, kind: Normalisation) -> dict[Site, SiteScale]:
+    """What makes rows of these statistics into the rows that a decomposition is trained on; see `Normalisation`."""
+    match kind:
+        case Normalisation.none:
+            return dict.fromkeys(layout.sites, 1.0)
+        case Normalisation.dataset:
+            return {**site_scales(statistics, layout)}
+        case Normalisation.shared:
+            scale = statistics.mean_square.mean().sqrt().item()
+            assert scale > 0, f"the activations at {', '.join(map(str, layout.sites))} are all zero"
+            return dict.fromkeys(layout.sites, scale)
+        case Normalisation.centred:
+            one = {site: statistics.variance[span].mean().sqrt() for site, span in layout.spans.items()}
+            assert all(scale > 0 for scale in one.values()), f"activations that never change: {one}"
+            std = torch.cat([one[site].repeat(width) for site, width in zip(layout.sites, layout.widths, strict=True)])
+        case Normalisation.coordinate:
+            std = statistics.variance.sqrt()
+            # A coordinate that never changes is 0 once its mean is taken away, whatever it is divided by.
+            std = torch.where(std > 0, std, 1.0)
+    mean, std = statistics.mean.float().cpu(), std.float().cpu()
+    return {site: Affine(mean[span], std[span]) for site, span in layout.spans.items()}
 
 
 def site_scales(statistics: RunningStatistics, layout: Layout) -> dict[Site, float]:

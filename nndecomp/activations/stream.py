@@ -8,8 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nndecomp.activations.buffer import ShuffleBuffer
-from nndecomp.activations.harvest import Harvester
 from nndecomp.activations.manifest import BLOCK_ROWS
 from nndecomp.activations.store import Store
 from nndecomp.types import Layout
@@ -31,11 +29,6 @@ class RowStream(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def live_stream(harvester: Harvester, batch_tokens: int, seed: int) -> ShuffleBuffer:
-    """Rows harvested as training goes, mixed over `activations.buffer_tokens`."""
-    return ShuffleBuffer(harvester, harvester.cfg.buffer_tokens, batch_tokens, seed)
 
 
 def _permutation(n: int, *seed: int) -> Int[Tensor, "n"]:

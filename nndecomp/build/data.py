@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nndecomp.activations.buffer import RowSource
+from jaxtyping import Float
+from torch import Tensor
+
+from nndecomp.activations.buffer import RowSource, ShuffleBuffer
 from nndecomp.activations.harvest import Harvester
 from nndecomp.activations.manifest import row_settings
-from nndecomp.activations.statistics import measure, site_scales
+from nndecomp.activations.statistics import SiteScale, measure, normalisation
 from nndecomp.activations.store import Store, open_store, verify
-from nndecomp.activations.stream import RowStream, StoreStream, live_stream
+from nndecomp.activations.stream import RowStream, StoreStream
 from nndecomp.activations.synthetic import SyntheticStream, World
 from nndecomp.config.schema import (
     ActivationsKind,
@@ -57,14 +60,23 @@ def source(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> RowSource:
 
 def stream(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> RowStream:
     """Batches of training.batch_tokens shuffled rows at `sites`."""
+    return _stream(cfg, target, sites, cfg.training.batch_tokens, cfg.activations.buffer_tokens)
+
+
+def _stream(cfg: RunConfig, target: Target, sites: Sequence[Site], batch_tokens: int, buffer_tokens: int) -> RowStream:
     match cfg.activations.kind:
         case ActivationsKind.synthetic:
-            return SyntheticStream(synthetic(cfg, target, sites), cfg.training.batch_tokens, cfg.seed, target.device)
+            return SyntheticStream(synthetic(cfg, target, sites), batch_tokens, cfg.seed, target.device)
         case ActivationsKind.live:
-            return live_stream(harvester(cfg, target, sites), cfg.training.batch_tokens, cfg.seed)
+            return ShuffleBuffer(harvester(cfg, target, sites), buffer_tokens, batch_tokens, cfg.seed)
         case ActivationsKind.store:
-            rows, window_rows = store(cfg, target, sites), cfg.activations.buffer_tokens
-            return StoreStream(rows, cfg.training.batch_tokens, cfg.seed, window_rows, target.device)
+            return StoreStream(store(cfg, target, sites), batch_tokens, cfg.seed, buffer_tokens, target.device)
+
+
+def initial_rows(cfg: RunConfig, target: Target, sites: Sequence[Site], n: int) -> Float[Tensor, "token width"]:
+    """`n` rows to start from, out of twice as many or more. What training reads is not touched: it begins at the start."""
+    one_pass = cfg.activations.batch_seqs * cfg.tokens.seq_len
+    return _stream(cfg, target, sites, n, max(2 * n, n + one_pass)).next_batch()
 
 
 def store(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> Store:
@@ -77,14 +89,15 @@ def store(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> Store:
     return opened
 
 
-def scales(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> dict[Site, float]:
-    """What each site's rows are divided by while training; folded into the weights afterwards."""
-    match cfg.activations.normalisation:
-        case Normalisation.none:
+def scales(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> dict[Site, SiteScale]:
+    """How each site's rows are normalised for training; folded into the weights afterwards."""
+    kind = cfg.activations.normalisation
+    match cfg.activations.kind:
+        case _ if kind is Normalisation.none:
             return dict.fromkeys(sites, 1.0)
-        case Normalisation.dataset if cfg.activations.kind is ActivationsKind.store:
-            rows = store(cfg, target, sites)
-            return site_scales(rows.statistics, rows.layout)
-        case Normalisation.dataset:
+        case ActivationsKind.store:
+            stored = store(cfg, target, sites)
+            return normalisation(stored.statistics, stored.layout, kind)
+        case ActivationsKind.live | ActivationsKind.synthetic:
             rows = source(cfg, target, sites)
-            return site_scales(measure(rows, cfg.activations.normalisation_tokens), rows.layout)
+            return normalisation(measure(rows, cfg.activations.normalisation_tokens), rows.layout, kind)

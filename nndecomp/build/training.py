@@ -1,10 +1,10 @@
 """Settings -> objectives -> trained dictionaries."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nndecomp.build.data import scales, stream
+from nndecomp.build.data import initial_rows, scales, stream
 from nndecomp.build.end_to_end import is_end_to_end, sequences
 from nndecomp.build.measuring import heldout, measured, scores
 from nndecomp.build.members import Member
@@ -22,6 +22,8 @@ from nndecomp.tokens import heldout_tokens
 from nndecomp.training.end_to_end import EndToEndObjective
 from nndecomp.training.log import Log
 from nndecomp.training.loop import train
+from nndecomp.training.state import saved_steps
+from nndecomp.types import Site
 
 
 def trained(
@@ -47,6 +49,8 @@ def trained(
         for name, each in dictionaries.items()
     }
     objectives = {name: EndToEndObjective(each, target) for name, each in local.items()} if through else local
+    if not saved_steps(out / "checkpoint"):
+        begin(cfg, target, local, members, sites)
     evaluate = looking(cfg, target, objectives, out.name) if cfg.training.evaluate_every else None
     with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as progress:
         train(objectives, rows, cfg.training, out, log=progress, evaluate=evaluate, description=cfg.name)
@@ -54,6 +58,20 @@ def trained(
     for name, dictionary in finished.items():
         dictionary.save_pretrained(out / "decompositions" / name)
     return finished
+
+
+def begin(
+    cfg: RunConfig,
+    target: Target,
+    objectives: Mapping[str, DictionaryObjective],
+    members: Mapping[str, Member],
+    sites: Sequence[Site],
+) -> None:
+    """Starts every objective, from as many as it asks for of rows that all have in common."""
+    n = {name: members[name].config.initial_tokens for name in objectives}
+    rows = initial_rows(cfg, target, sites, max(n.values()))
+    for name, objective in objectives.items():
+        objective.start(rows[: n[name]], target, members[name].seed)
 
 
 def looking(

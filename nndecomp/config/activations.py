@@ -14,8 +14,13 @@ class ActivationsKind(Enum):
 
 
 class Normalisation(Enum):
-    none = "none"
-    dataset = "dataset"  # each site scaled so that E|x|^2 = width; folded into the weights that are saved
+    """How rows are scaled for training, with m the mean and E over the data; folded exactly into the weights that are saved."""
+
+    none = "none"  # x
+    dataset = "dataset"  # x / s, at each site such that E|x|^2 = width
+    shared = "shared"  # x / s, one s for all sites such that E|x|^2 = width over all: a louder site weighs more
+    centred = "centred"  # (x - m) / s, at each site such that E|x|^2 = width
+    coordinate = "coordinate"  # (x - m) / s, at each coordinate such that E x^2 = 1
 
 
 @dataclass(kw_only=True)
@@ -26,7 +31,7 @@ class ActivationsConfig:
     buffer_tokens: int = 131072  # rows mixed together by the shuffle buffer
     dtype: DType = DType.float32  # of rows in the buffer and in a store
     normalisation: Normalisation = Normalisation.dataset
-    normalisation_tokens: int = 1_000_000  # rows over which the scale is measured
+    normalisation_tokens: int = 1_000_000  # rows, none of them masked, over which m and s are measured
     drop_bos: bool = True  # mask BOS positions, whose norm dwarfs all others
     drop_first: int = 0  # positions at the start of each row to mask: attention sinks
     synthetic: SyntheticConfig | None = None  # kind=synthetic: the features

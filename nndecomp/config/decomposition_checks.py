@@ -79,6 +79,11 @@ def check_effects(cfg: Settings) -> None:
         (cfg.dead is Dead.resample, "dead=resample", ("resample_every", "resample_scale")),
         (cfg.decoder is Decoder.archetypal, "decoder=archetypal", ("archetypes", "archetypal_slack")),
         (cfg.directions is Directions.active_subspace, "directions=active_subspace", ("subspace_share",)),
+        (cfg.decoder is not Decoder.unit_norm, "decoder=free", ("decoder_norm_search",)),
+        (cfg.decoder is not Decoder.archetypal, "decoder=free or unit_norm", ("directions",)),
+        (cfg.decoder_norm is None, "decoder_norm=null", ("decoder_norm_search",)),
+        (cfg.activation is not Activation.matching_pursuit, "an encoder to centre", ("centre_pre_activations",)),
+        (cfg.directions not in (Directions.mlp_response, Directions.neurons), "directions=random", ("tied",)),
         (cfg.selects, "an activation function that takes k", ("k_start", "k_anneal", "scope")),
     ]
     initial = _defaults(type(cfg))
@@ -107,7 +112,7 @@ def check_effects(cfg: Settings) -> None:
 
 
 def check_ranges(cfg: Settings) -> None:
-    for name in ("k_anneal", "penalty_warmup", "threshold_rate"):
+    for name in ("k_anneal", "penalty_warmup", "threshold_rate", "subspace_share"):
         require(0 <= getattr(cfg, name) <= 1, f"decomposition.{name}={getattr(cfg, name)} must lie between 0 and 1")
     for name in (
         *("penalty_coefficient", "aux_coefficient", "jumprelu_threshold", "gate_coefficient", "local_coefficient"),

@@ -108,7 +108,7 @@ class Directions(Enum):
     random = "random"
     active_subspace = "active_subspace"  # random within the leading principal directions of what is written
     mlp_response = "mlp_response"  # what the target's own MLP answers to the feature's encoder direction
-    neurons = "neurons"  # the MLP's own neurons: what they read and write; needs n_features <= d_mlp
+    neurons = "neurons"  # the MLP's own neurons: what they read and write; further features are random
 
 
 class InitialBias(Enum):
@@ -117,13 +117,6 @@ class InitialBias(Enum):
     zero = "zero"
     mean = "mean"
     geometric_median = "geometric_median"
-
-
-class AttentionStart(Enum):
-    """Where the queries and keys of lorsa start."""
-
-    random = "random"
-    target = "target"  # those of the target's own heads, each as often as heads are asked for
 
 
 class Decoder(Enum):

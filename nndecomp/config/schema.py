@@ -15,7 +15,6 @@ from nndecomp.config.evaluation import EvaluationConfig, Inputs, Patched
 from nndecomp.config.kinds import (
     Activation,
     Architecture,
-    AttentionStart,
     CodeNormalisation,
     Dead,
     Decoder,
@@ -49,7 +48,6 @@ __all__ = [
     "ActivationsConfig",
     "ActivationsKind",
     "Architecture",
-    "AttentionStart",
     "CodeNormalisation",
     "CompareConfig",
     "Correlation",

@@ -4,15 +4,12 @@ import torch
 
 from nndecomp.config.schema import Architecture, DecompositionConfig
 from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.initial import initial_decoder_norm, randomise
 from nndecomp.decompositions.spec import ActivationSpec, DictionarySpec
 from nndecomp.decompositions.wiring import wire
 from nndecomp.targets.base import Shape
 
-_NO_DICTIONARY = (Architecture.neurons, Architecture.lorsa)
-_START_TIED = (
-    *(Architecture.sae, Architecture.per_layer_sae, Architecture.crosscoder, Architecture.causal_crosscoder),
-    Architecture.dedicated_feature_crosscoder,
-)
+_NO_DICTIONARY = (Architecture.neurons, Architecture.molt, Architecture.lorsa)
 
 
 def dictionary_spec(cfg: DecompositionConfig, shape: Shape, target: str) -> DictionarySpec:
@@ -50,13 +47,5 @@ def build_dictionary(
     Raises SettingError as `wire` does.
     """
     dictionary = SparseDictionary(dictionary_spec(cfg, shape, target))
-    dictionary.initialise(seed, decoder_norm=_initial_decoder_norm(cfg))
+    randomise(dictionary, seed, initial_decoder_norm(cfg), cfg.tied)
     return dictionary.to(device)
-
-
-def _initial_decoder_norm(cfg: DecompositionConfig) -> float:
-    """1 for what starts as the transpose of its encoder; small for transcoders, whose random outputs would only have to
-    be unlearned."""
-    if cfg.decoder_norm is not None:
-        return cfg.decoder_norm
-    return 1.0 if cfg.architecture in _START_TIED or cfg.unit_norm_decoder else 0.1

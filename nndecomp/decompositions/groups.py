@@ -11,11 +11,8 @@ architecture forbids do not exist.
 # A live run is of the dictionary that makes it.
 # pyright: reportImportCycles=false
 
-import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -27,19 +24,16 @@ from nndecomp.decompositions.activation_base import Selecting
 from nndecomp.decompositions.activation_pointwise import JumpRelu
 from nndecomp.decompositions.base import Decomposition, GroupCost
 from nndecomp.decompositions.codes import Codes, Encoding
-from nndecomp.decompositions.encoders import GluEncoder
 from nndecomp.decompositions.encoding import encode
 from nndecomp.decompositions.group import Group
 from nndecomp.decompositions.live import DictionaryRun
-from nndecomp.decompositions.molt import TransformGroup
 from nndecomp.decompositions.pretrained import Pretrained
 from nndecomp.decompositions.pursuit import MatchingPursuit
-from nndecomp.decompositions.spec import DictionarySpec, GroupSpec
-from nndecomp.types import Layout, Site
+from nndecomp.decompositions.spec import DictionarySpec
 
 
 class SparseDictionary(Pretrained, Decomposition):
-    """A list of groups. Weights are zero until `initialise` or loading fills them."""
+    """A list of groups. Weights are zero until `nndecomp.decompositions.initial` or loading fills them."""
 
     def __init__(self, spec: DictionarySpec) -> None:
         super().__init__(spec)
@@ -49,7 +43,7 @@ class SparseDictionary(Pretrained, Decomposition):
         made: dict[str, Group] = {}
         for group in spec.groups:
             of = None if group.encoder is None else made[group.encoder]
-            made[group.name] = _kind(group)(group, spec, of)
+            made[group.name] = Group(group, spec, of)
         self.groups = nn.ModuleList(made.values())
         self.b_dec = nn.Parameter(torch.zeros(self.write_layout.width))
         self.activation = make_activation(spec)
@@ -57,7 +51,7 @@ class SparseDictionary(Pretrained, Decomposition):
         self.centres = spec.centre_input or isinstance(self.activation, MatchingPursuit)
         assert not self.centres or self.read_layout == self.write_layout, "only what writes all it reads can centre it"
         self.together = self._together()
-        self.costs = tuple(chain(*(self._costs(g) for g in range(len(spec.groups)))))
+        self.costs = tuple(self._cost(g) for g in range(len(spec.groups)))
 
     @property
     def banks(self) -> list[Group]:
@@ -86,14 +80,14 @@ class SparseDictionary(Pretrained, Decomposition):
             sets.append((*sorted(i for each in joined for i in each), g))
         return sorted(sets)
 
-    def _costs(self, group: int) -> tuple[GroupCost, ...]:
+    def _cost(self, group: int) -> GroupCost:
         """A pursuit looks through its decoder once for every feature that it takes."""
         bank, activation = self.banks[group], self.activation
-        costs = bank.costs(self._spec.groups[group])
+        cost = bank.cost(self._spec.groups[group])
         if not isinstance(activation, MatchingPursuit):
-            return costs
+            return cost
         k = sum(activation.k[g] for joint in self.together if group in joint for g in joint)
-        return tuple(replace(cost, gate_parameters=k * bank.W_dec.numel()) for cost in costs)
+        return replace(cost, gate_parameters=k * bank.W_dec.numel())
 
     def scale(self, group: int) -> Float[Tensor, "feature"] | None:
         """c of a group's features, without gradient, as selection and thresholds see it; null: 1."""
@@ -145,12 +139,7 @@ class SparseDictionary(Pretrained, Decomposition):
 
     def forward(self, x: Float[Tensor, "token d_reads"]) -> tuple[Float[Tensor, "token d_writes"], Codes]:
         codes = self.encode(x)
-        return self.decode(codes, x), self.counted(codes)
-
-    def counted(self, codes: Codes) -> Codes:
-        """The same codes, counted as `costs` has it."""
-        parts = tuple(bank.parts for bank in self.banks)
-        return codes if all(len(sizes) == 1 for sizes in parts) else replace(codes, parts=parts)
+        return self.decode(codes, x), codes
 
     def live_obstacle(self) -> str | None:
         for joint in self.together:
@@ -167,44 +156,6 @@ class SparseDictionary(Pretrained, Decomposition):
         obstacle = self.live_obstacle()
         assert obstacle is None, f"this dictionary cannot answer site by site: {obstacle}"
         return DictionaryRun(self)
-
-    @torch.no_grad()
-    def initialise(self, seed: int, decoder_norm: float) -> None:
-        """Random directions: unit encoder rows, decoder rows of `decoder_norm` at every site they write.
-
-        With inputs scaled to E|x|^2 = width, unit encoder rows give pre-activations of unit variance. A group that
-        writes what it reads, or a part of it, starts tied: all parts together
-        with a norm of `decoder_norm`. Directions depend on the seed and the sites alone, not on the other groups:
-        a layer starts the same in a stack as by itself, and the same in a transcoder as in a cross-layer one.
-        """
-        for spec, bank in zip(self._spec.groups, self.banks, strict=True):
-            reads = " ".join(map(str, spec.reads))
-            W_enc = _directions(f"{seed} W_enc {reads}", *bank.W_enc.shape)
-            if bank.encoder is not None:
-                bank.W_enc.copy_(W_enc)
-            if isinstance(bank.encoder, GluEncoder):
-                bank.encoder.W_glu.copy_(_directions(f"{seed} W_glu {reads}", *bank.W_enc.shape))
-            if isinstance(bank, TransformGroup):
-                V, U = (_directions(f"{seed} {name} {reads}", *W.shape) for name, W in (("V", bank.V), ("U", bank.U)))
-                bank.start_decoder(V, U, decoder_norm)
-                continue
-            if spec.reads == spec.writes:
-                bank.W_dec.copy_(decoder_norm * W_enc)
-                continue
-            within = Layout.of({site: self._spec.widths[site] for site in spec.reads})
-            if set(spec.writes) <= set(spec.reads):
-                columns = within.span(spec.writes)
-                assert columns is not None, f"the sites that group {spec.name} writes are adjacent"
-                rows = W_enc[:, columns]
-                norm = decoder_norm * math.sqrt(rows.shape[1] / W_enc.shape[1])
-                bank.W_dec.copy_(norm * rows / rows.norm(dim=1, keepdim=True))
-                continue
-            columns = [
-                _directions(f"{seed} W_dec {reads} {site}", spec.n_features, self.write_layout.widths[i])
-                for i, site in enumerate(self.write_layout.sites)
-                if site in spec.writes
-            ]
-            bank.W_dec.copy_(decoder_norm * torch.cat(columns, 1))
 
     @torch.no_grad()
     def fold(
@@ -251,19 +202,3 @@ class SparseDictionary(Pretrained, Decomposition):
             c = self.scale(g)
             bank.code_scale = torch.ones_like(bank.b_enc) if c is None else c.clone()
         self._spec = replace(self._spec, frozen_scales=True)
-
-
-def _kind(group: GroupSpec) -> type[Group]:
-    return TransformGroup if group.ranks else Group
-
-
-def columns_of(scales: dict[Site, float], layout: Layout) -> Float[Tensor, "width"]:
-    """Each site's scale at each of its columns."""
-    return torch.cat([torch.full((w,), scales[s]) for s, w in zip(layout.sites, layout.widths, strict=True)])
-
-
-def _directions(label: str, n: int, d: int) -> Float[Tensor, "n d"]:
-    """n random unit vectors, the same for the same label."""
-    seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") >> 1
-    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
-    return rows / rows.norm(dim=1, keepdim=True)

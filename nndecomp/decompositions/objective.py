@@ -1,10 +1,11 @@
 """What the training loop sees of a dictionary: a loss of raw rows, and what happens after each step.
 
-Rows are divided by each site's scale s (E|x|^2 = s^2 * width) before the dictionary sees them; `finished` folds the
-scales into the weights. All state is in the module's state_dict, so a checkpoint of it is complete.
+The dictionary sees rows in the units of `nndecomp.decompositions.units`; `finished` folds these into the weights. All state
+is in the module's state_dict, so a checkpoint of it is complete.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,15 +13,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nndecomp.activations.statistics import SiteScale
 from nndecomp.config.schema import Dead, Decoder, DecompositionConfig, TrainingConfig
 from nndecomp.decompositions import archetypal, losses, terms
 from nndecomp.decompositions.activation_base import Selecting
 from nndecomp.decompositions.codes import Codes, Encoding
 from nndecomp.decompositions.dead import dead_features, families, fired_anywhere
-from nndecomp.decompositions.groups import SparseDictionary, columns_of
+from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.resampling import Rows, resample
 from nndecomp.decompositions.sparsity import Sparsity
+from nndecomp.decompositions.start import Given, start
 from nndecomp.decompositions.terms import Batch
+from nndecomp.decompositions.units import Columns
+from nndecomp.targets.base import Target
 from nndecomp.types import Layout, Site
 
 
@@ -42,23 +47,20 @@ class DictionaryObjective(nn.Module):
         dictionary: SparseDictionary,
         cfg: DecompositionConfig,
         layout: Layout,
-        scales: dict[Site, float],
+        scales: Mapping[Site, SiteScale],
     ) -> None:
         super().__init__()
-        missing = [str(s) for s in (*dictionary.reads, *dictionary.writes) if s not in layout.spans]
-        assert not missing, f"rows hold {', '.join(map(str, layout.sites))}, but not {', '.join(missing)}"
         self.dictionary, self.cfg, self.layout = dictionary, cfg, layout
         self._k = list(dictionary.activation.k) if isinstance(dictionary.activation, Selecting) else []
         device = dictionary.b_dec.device
-        self.s_read: Tensor
-        self.s_write: Tensor
         self.tokens_since_fired: Tensor
-        self.register_buffer("s_read", columns_of(scales, dictionary.read_layout).to(device))
-        self.register_buffer("s_write", columns_of(scales, dictionary.write_layout).to(device))
+        self.reads = Columns(layout, dictionary.read_layout, scales).to(device)
+        self.writes = Columns(layout, dictionary.write_layout, scales).to(device)
         n_features = sum(bank.n_features for bank in dictionary.banks)
         self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64, device=device))
         self.sparsity = Sparsity(cfg).to(device)
         self._families = families(dictionary)
+        self._started = False
         self._tokens_seen = 0  # on the host, so that steps need not wait for the device
         self._resampled = 0  # how many times
         self._step: _Step | None = None  # from loss to after_step
@@ -80,26 +82,25 @@ class DictionaryObjective(nn.Module):
         if isinstance(self.dictionary.activation, Selecting):
             self.dictionary.activation.k = k
 
+    def start(self, rows: Float[Tensor, "token width"], target: Target | None = None, seed: int = 0) -> None:
+        """What the settings say about the start, from rows and the target's own weights; once, before the first step. Without
+        it training starts from its first batch.
+        """
+        assert self._tokens_seen == 0, f"a start after {self._tokens_seen} tokens of training"
+        given = Given(self.reads(rows), self.writes(rows), self.reads, self.writes, target, seed)
+        start(self.dictionary, self.cfg, given)
+        self._started = True
+
     def loss(self, rows: Float[Tensor, "token width"], progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Loss of a batch and detached metrics. `progress`, from 0 to 1, drives the schedules of k and penalty."""
-        x = self._columns(rows, self.dictionary.read_layout) / self.s_read
-        y = self._columns(rows, self.dictionary.write_layout) / self.s_write
-        if self._tokens_seen == 0 and self.training:
-            self._begin(y)
+        if self.training and self._tokens_seen == 0 and not self._started:
+            self.start(rows)
+        x, y = self.reads(rows), self.writes(rows)
         # An archetypal decoder is computed once a step: the first time, with its gradient.
         with parametrize.cached():
-            decoders = [bank.W_dec for bank in self.dictionary.banks if self.cfg.decoder is Decoder.archetypal]
+            decoders = [bank.W_dec for bank in self.dictionary.banks]
             assert all(W_dec.requires_grad for W_dec in decoders if torch.is_grad_enabled()), "decoders are trained"
             return self._loss(x, y, progress)
-
-    @torch.no_grad()
-    def _begin(self, y: Float[Tensor, "token d_writes"]) -> None:
-        self.dictionary.b_dec.copy_(y.mean(0))
-        if self.cfg.decoder is Decoder.archetypal:
-            for spec, bank in zip(self.dictionary.spec.groups, self.dictionary.banks, strict=True):
-                archetypal.place(bank, y[:, bank.writes] - self.dictionary.b_dec[bank.writes])
-                if spec.reads == spec.writes:
-                    bank.W_enc.copy_(bank.W_dec / bank.W_dec.norm(dim=1, keepdim=True))
 
     def _loss(
         self, x: Float[Tensor, "token d_reads"], y: Float[Tensor, "token d_writes"], progress: float
@@ -173,15 +174,8 @@ class DictionaryObjective(nn.Module):
         """A copy in eval mode that works on raw activations."""
         computed = self.cfg.decoder is Decoder.archetypal
         dictionary = (archetypal.baked(self.dictionary) if computed else copy.deepcopy(self.dictionary)).eval()
-        zero_read, zero_write = torch.zeros_like(self.s_read), torch.zeros_like(self.s_write)
-        dictionary.fold(self.s_read, self.s_write, zero_read, zero_write)
+        dictionary.fold(self.reads.s, self.writes.s, self.reads.m, self.writes.m)
         return dictionary
-
-    def _columns(self, rows: Float[Tensor, "token width"], layout: Layout) -> Float[Tensor, "token columns"]:
-        span = self.layout.span(layout.sites)
-        if span is not None:
-            return rows[:, span]
-        return torch.cat([rows[:, self.layout.spans[site]] for site in layout.sites], 1)
 
     def _anneal_k(self, progress: float) -> None:
         """From k_start to k in a straight line over the first k_anneal share of training."""

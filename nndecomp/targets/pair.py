@@ -20,7 +20,7 @@ from torch import Tensor
 from nndecomp.config.checks import require
 from nndecomp.config.target import TargetConfig
 from nndecomp.errors import SettingError
-from nndecomp.targets.base import Heads, Replace, Shape, Target, TargetShape
+from nndecomp.targets.base import Heads, Neurons, Replace, Shape, Target, TargetShape
 from nndecomp.targets.load import load_target, target_shape
 from nndecomp.types import Site
 
@@ -112,6 +112,14 @@ class PairedTarget(Target):
 
     def mlp_out_of(self, layer: int, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows d"]:
         return self.pair[self.predicts].mlp_out_of(layer, hidden)
+
+    def mlp_of(self, site: Site, rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+        assert site.model is not None, f"{site} is in neither of two models"
+        return self.pair[site.model].mlp_of(site.within, rows)
+
+    def neurons_of(self, site: Site) -> Neurons:
+        assert site.model is not None, f"{site} is in neither of two models"
+        return self.pair[site.model].neurons_of(site.within)
 
 
 def _by_model(sites: Sequence[Site]) -> dict[str, list[Site]]:

@@ -10,7 +10,7 @@ with all sites at once it is the loss of the replacement model). The local loss,
 is that of the clean activations of the same batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from nndecomp.decompositions.objective import DictionaryObjective
 from nndecomp.decompositions.replacing import live, pasted
 from nndecomp.targets.base import Replace, Target
 from nndecomp.training.clean_sequences import CleanBatch
-from nndecomp.types import Layout, Site
+from nndecomp.types import Site
 
 # Log-probabilities that exist at a time: 256 MiB in float32.
 CHUNK_VALUES = 2**26
@@ -64,11 +64,13 @@ def _in_chunks(each: Any, *rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """A dictionary that works on scaled activations, as the target meets it: on raw ones."""
+    """A dictionary that works on normalised activations, as the target meets it: on raw ones."""
 
-    dictionary: SparseDictionary
-    s_read: Mapping[Site, Float[Tensor, " width"]]
-    s_write: Mapping[Site, Float[Tensor, " width"]]
+    local: DictionaryObjective
+
+    @property
+    def dictionary(self) -> SparseDictionary:
+        return self.local.dictionary
 
     @property
     def reads(self) -> tuple[Site, ...]:
@@ -88,10 +90,10 @@ class _ScaledRun:
     run: LiveRun
 
     def read(self, site: Site, value: Float[Tensor, "token width"]) -> None:
-        self.run.read(site, value / self.of.s_read[site])
+        self.run.read(site, self.of.local.reads.normalised(site, value))
 
     def write(self, site: Site) -> Float[Tensor, "token width"]:
-        return self.run.write(site) * self.of.s_write[site]
+        return self.of.local.writes.raw(site, self.run.write(site))
 
     def active(self) -> Any:
         return self.run.active()
@@ -147,18 +149,14 @@ class EndToEndObjective(nn.Module):
                 raise AssertionError("no damage is asked for")
 
     def _replacements(self, batch: CleanBatch) -> dict[Site, Replace]:
-        dictionary, s_read, s_write = self.dictionary, self.local.s_read, self.local.s_write
+        dictionary = self.dictionary
         match self.cfg.end_to_end_sites:
             case Together.all:
-                scales = _by_site(s_read, dictionary.read_layout), _by_site(s_write, dictionary.write_layout)
-                return live(batch, [_Scaled(dictionary, *scales)], dictionary.writes)[0]
+                return live(batch, [_Scaled(self.local)], dictionary.writes)[0]
             case Together.single:
                 site = dictionary.writes[int(torch.randint(len(dictionary.writes), ()))]
-                spans = self.local.layout.spans
-                x = torch.cat([batch.clean[:, spans[read]] for read in dictionary.read_layout.sites], 1) / s_read
-                y_hat, _ = dictionary(x)
-                written = dictionary.write_layout.spans[site]
-                return pasted(batch, {site: y_hat[:, written] * s_write[written]})
+                y_hat, _ = dictionary(self.local.reads(batch.clean))
+                return pasted(batch, {site: self.local.writes.raw(site, y_hat[:, dictionary.write_layout.spans[site]])})
 
     def before_step(self) -> None:
         self.local.before_step()
@@ -177,7 +175,3 @@ class EndToEndObjective(nn.Module):
 
     def finished(self) -> SparseDictionary:
         return self.local.finished()
-
-
-def _by_site(columns: Float[Tensor, " width"], layout: Layout) -> dict[Site, Float[Tensor, " _"]]:
-    return {site: columns[span] for site, span in layout.spans.items()}
