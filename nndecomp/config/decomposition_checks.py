@@ -80,7 +80,6 @@ def check_effects(cfg: Settings) -> None:
         (cfg.decoder is Decoder.archetypal, "decoder=archetypal", ("archetypes", "archetypal_slack")),
         (cfg.directions is Directions.active_subspace, "directions=active_subspace", ("subspace_share",)),
         (cfg.decoder is not Decoder.unit_norm, "decoder=free", ("decoder_norm_search",)),
-        (cfg.decoder is not Decoder.archetypal, "decoder=free or unit_norm", ("directions",)),
         (cfg.decoder_norm is None, "decoder_norm=null", ("decoder_norm_search",)),
         (cfg.activation is not Activation.matching_pursuit, "an encoder to centre", ("centre_pre_activations",)),
         (cfg.directions not in (Directions.mlp_response, Directions.neurons), "directions=random", ("tied",)),
