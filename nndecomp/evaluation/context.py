@@ -28,7 +28,7 @@ def context(cfg: RunConfig, target: Target, parts: Sequence[Decomposition], run:
         tokens=cfg.tokens.path or cfg.tokens.kind.value,
         split="heldout",
         architecture=architecture,
-        layers=",".join(str(site.layer) for part in parts for site in part.writes),
+        layers=",".join(dict.fromkeys(str(site.layer) for part in parts for site in part.writes)),
         n_features=parts[0].costs[0].n_components,
         activation=activation,
         k=sum(k) / len(k) if k else math.nan,
