@@ -52,7 +52,7 @@ def test_every_experiment_composes_at_every_scale_on_the_shipped_model_and_text(
     for scale in SCALES:
         cfg = compose(name, [f"+scale={scale}"])
         assert (cfg.target.kind, cfg.target.path) == (TargetKind.llama_simple_mlp, "tiny")
-        assert cfg.tokens.kind is TokensKind.stdlib and cfg.tokens.tokens_column is None
+        assert cfg.tokens.kind in (TokensKind.stdlib, TokensKind.stdlib_docs) and cfg.tokens.tokens_column is None
 
 
 @pytest.mark.parametrize(

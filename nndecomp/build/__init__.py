@@ -3,6 +3,7 @@
 settings -> target -> tokens -> stream of rows -> objectives -> trained dictionaries -> measurements
 """
 
+from nndecomp.build.comparing import Compared, compared, reported_difference
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
 from nndecomp.build.measuring import Heldout, baselines, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
@@ -19,12 +20,14 @@ from nndecomp.build.settings import (
 from nndecomp.build.training import looking, trained
 
 __all__ = [
+    "Compared",
     "Heldout",
     "Member",
     "baselines",
     "check",
     "check_length",
     "check_runs",
+    "compared",
     "decomposed_sites",
     "decompositions",
     "device",
@@ -37,6 +40,7 @@ __all__ = [
     "recovered",
     "recovery_rows",
     "reported",
+    "reported_difference",
     "scales",
     "scores",
     "source",

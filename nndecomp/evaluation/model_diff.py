@@ -201,6 +201,13 @@ class ModelDiff:
         kinds = self.features[self.features.frequency > 0].kind
         return {kind: int((kinds == kind).sum()) for kind in KINDS}
 
+    def extremes(self, n: int, tokens: int) -> list[int]:
+        """Rows of the `n` features that are most of A, then of the `n` that are most of B, by relative norm, among those
+        active on at least `tokens` tokens."""
+        seen = self.features.loc[self.features["frequency"] * self.n_tokens >= tokens, "relative_norm"]
+        ordered = [int(row) for row in seen.sort_values().index]
+        return list(dict.fromkeys([*ordered[:n], *reversed(ordered[-n:])]))
+
 
 # What a dictionary reads and what it writes, at the same tokens, some at a time; asked for twice.
 Pairs = Callable[[], Iterable[tuple[Float[Tensor, "token d_reads"], Float[Tensor, "token d_writes"]]]]
@@ -250,6 +257,8 @@ def _features(decoders: Decoders, blocks: Blocks, everywhere: Scaling, most: Sca
         "cosine": decoders.cosines().numpy(),
         "frequency": (blocks.firings.double() / blocks.n).numpy(),
     }
+    norms = sum((decoders.norms(model).square() for model in MODELS), torch.zeros(starts[-1], dtype=torch.float64))
+    columns["size"] = (blocks.squares * norms / blocks.n).numpy()
     for model in MODELS:
         columns[f"max_{model}"] = (blocks.maxima * decoders.norms(model)).numpy()  # the most it ever adds
     for suffix, scaling in (("", everywhere), ("_max", most)):
