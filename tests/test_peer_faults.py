@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from decomposition_parts import ACTIVATIONS, ARCHITECTURES, D, F, config, dictionary, inputs, objective, planted, train
+from decomposition_parts import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    PURSUIT,
+    D,
+    F,
+    config,
+    dictionary,
+    inputs,
+    objective,
+    planted,
+    train,
+)
 
 from nndecomp.activations.buffer import check_capacity
 from nndecomp.activations.statistics import RunningStatistics
@@ -48,6 +60,21 @@ COVERED = {
     "CLT: features are dead after batches, not tokens": (
         "test_decompositions_objective.py::test_liveness_counts_tokens_since_each_feature_fired"
     ),
+    "DL: resampling of an annealed p writes to a copy, and changes nothing": (
+        "test_dead_features.py::test_resampling_changes_all_dead_rows_and_no_other"
+    ),
+    "DL: new encoder rows are as long as their input": (
+        "test_dead_features.py::test_a_resampled_feature_points_at_a_badly_reconstructed_input"
+    ),
+    "DL: inputs are drawn by their error and not its square": (
+        "test_dead_features.py::test_tokens_are_drawn_by_the_square_of_their_squared_error"
+    ),
+    "DL: moments are reset by a parameter's number, which is another parameter's elsewhere": (
+        "test_dead_features.py::test_the_optimiser_forgets_rows_that_were_written_anew"
+    ),
+    "DFC: dead features of one model learn from the residual of the other": (
+        "test_dead_features.py::test_dead_features_explain_what_is_left_where_their_group_writes_and_nothing_else"
+    ),
     # --- thresholds and selection ---
     "DL: a threshold that was never learned turns batchtopk into relu": (
         "test_decompositions_activation.py::test_evaluating_before_a_threshold_is_known_is_an_error"
@@ -69,6 +96,24 @@ COVERED = {
     ),
     "DL: k is annealed one step late, and the first step uses the last k": (
         "test_decompositions_objective.py::test_k_moves_in_a_straight_line_from_k_start_to_k_and_stays"
+    ),
+    "DL: a threshold in units of z c is compared with z": (
+        "test_decompositions_activation.py::test_thresholds_are_in_units_of_codes_times_c"
+    ),
+    "SL (565): free decoder norms distort which features are among the k largest": (
+        "test_decompositions_activation.py::test_selection_sees_pre_activations_times_c_and_codes_are_not_scaled"
+    ),
+    "DL: reported codes of gated and decoupled dictionaries are multiplied by c twice": (
+        "test_decompositions_activation.py::test_reported_codes_are_multiplied_by_c_once"
+    ),
+    "DL: the gate and the magnitudes of a gated dictionary see another input": (
+        "test_decompositions_activation.py::test_a_gate_decides_and_a_second_branch_says_how_much"
+    ),
+    "DL, SL (570): of [batch, pos, d] batchtopk keeps k * batch": (
+        "test_decompositions_activation.py::test_sequences_that_were_not_flattened_are_refused"
+    ),
+    "SL: what is exported as JumpReLU is active elsewhere than what was trained": (
+        "test_conversion.py::test_batchtopk_becomes_jumprelu_exactly_folded_or_not"
     ),
     # --- JumpReLU ---
     "DL: theta becomes negative, and training and inference disagree on the sign": (
@@ -117,6 +162,19 @@ COVERED = {
     ),
     "LMS: a sparse decode that takes its matrix transposed (B19)": (
         "test_codes.py::test_decoding_and_its_gradients_equal_the_dense_product"
+    ),
+    "LMS: the frequency penalty crashes; CLT's averages one feature's frequency over layers (B1)": (
+        "test_losses.py::test_the_frequency_penalty_is_of_each_feature_and_not_of_tokens"
+    ),
+    "LMS: the pre-activation loss compares theta with z where theta is a threshold of z c": (
+        "test_losses.py::test_thresholds_are_compared_in_the_units_they_have"
+    ),
+    "DL: the last p is never reached": (
+        "test_losses.py::test_p_falls_in_equal_steps_and_the_last_is_reached_before_the_end"
+    ),
+    "DL: matryoshka divides by the number of prefixes twice": "test_matryoshka.py::test_the_loss_is_the_weighted_sum_over_prefixes",
+    "SP: its kl is the cross-entropy under the clean prediction, without that prediction's entropy": (
+        "test_training_end_to_end.py::test_the_divergence_is_not_the_cross_entropy_under_the_clean_prediction"
     ),
     # --- rows ---
     "DL: half of the last buffer is never served; CLT: workers overlap": (
@@ -331,6 +389,57 @@ def test_code_normalisation_comes_back_from_disk(kind, tmp_path):
     assert loaded.spec.activation.code_normalisation is kind
     assert loaded.spec.activation.mixed_weights == (0.7, 0.3)
     assert torch.equal(loaded(inputs(made))[0], made(inputs(made))[0])
+
+
+def exclusive(**settings):
+    return ARCHITECTURES["dedicated_feature_crosscoder"] | ACTIVATIONS["batchtopk"] | settings
+
+
+def test_no_group_of_a_dedicated_feature_crosscoder_is_starved_where_it_starts():
+    """DFC: an exclusive feature sums one model instead of two and has half the code norm, so that none ever fires."""
+    made = dictionary(**exclusive()).train()
+    codes = made.encode(inputs(made, 4000))
+    shares = [float(group.counts().float().mean()) for group in codes]
+    assert shares == pytest.approx([3.0, 3.0, 3.0])
+    fired = [float((group.firings() > 0).float().mean()) for group in codes]
+    assert min(fired) > 0.9, f"shares of features that ever fire: {fired}"
+
+
+def test_exclusive_features_never_see_or_write_the_other_model(tmp_path):
+    """DFC: loading another partition masks the wrong columns, deepcopy loses the masks, and saving crashes."""
+    made = objective(**exclusive())
+    copied = copy.deepcopy(made)
+    train(copied, 5)
+    copied.finished().save_pretrained(tmp_path / "made")
+    loaded = type(made.dictionary).from_pretrained(tmp_path / "made")
+    x = inputs(loaded)
+    of_b = slice(loaded.read_layout.spans[loaded.reads[3]].start, None)
+    assert [str(site.model) for site in loaded.reads] == ["A", "A", "A", "B", "B"]
+    changed = x.clone()
+    changed[:, of_b] += 1
+    assert torch.equal(loaded.encode(changed)[0].dense(), loaded.encode(x)[0].dense()), "A's features read B"
+    assert not torch.equal(loaded.encode(changed)[2].dense(), loaded.encode(x)[2].dense())
+    assert [(bank.reads.stop - bank.reads.start, bank.W_dec.shape[1]) for bank in loaded.banks] == [
+        (3 * D, 3 * D),
+        (3 * D + 2 * 4, 3 * D + 2 * 4),
+        (2 * 4, 2 * 4),
+    ], "models of different width"
+
+
+def test_groups_have_the_number_of_features_that_was_asked_for():
+    """DFC: sizes are shares of F, rounded down: 57% of 100 are 56."""
+    made = dictionary(**exclusive(n_exclusive=[57, 3], n_features=40))
+    assert [bank.n_features for bank in made.banks] == [57, 40, 3]
+
+
+def test_pursuing_a_residual_of_zero_ends_without_nan():
+    """DL: grad pursuit divides 0 by 0 once the residual is exactly 0."""
+    made = dictionary(**SAE | PURSUIT["matching_pursuit"]).eval()
+    with torch.no_grad():
+        made.banks[0].W_dec[:D] = torch.eye(D)
+    y_hat, codes = made(torch.cat([torch.zeros(1, D), 2 * torch.eye(D)]))
+    assert y_hat.isfinite().all() and codes[0].dense().isfinite().all()
+    assert int(codes[0].counts()[0]) == 0
 
 
 def test_decoder_norms_are_per_site_and_not_ones():

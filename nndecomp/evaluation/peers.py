@@ -11,7 +11,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -51,6 +51,7 @@ class Fit:
     dead: float  # share of features active on none of the rows
 
 
+@runtime_checkable
 class Reconstructs(Protocol):
     def reconstruct(
         self, rows: Float[Tensor, "token width"]
@@ -75,6 +76,19 @@ class Peer(ABC):
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
         """W_enc and W_dec [feature, width] and b_dec [width], as they are now."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """This library's, for the same measurement."""
+
+    dictionary: SparseDictionary
+
+    def reconstruct(
+        self, rows: Float[Tensor, "token width"]
+    ) -> tuple[Float[Tensor, "token width"], Float[Tensor, "token feature"]]:
+        y_hat, codes = self.dictionary(rows)
+        return y_hat, codes[0].dense()
 
 
 @torch.no_grad()

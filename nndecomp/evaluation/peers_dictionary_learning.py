@@ -70,7 +70,8 @@ class DictionaryLearning(Peer):
                 # It takes the mean over prefixes of their weighted losses, where others take the sum.
                 shares = cfg.matryoshka or []
                 weights = [w * len(shares) for w in cfg.matryoshka_weights or [1 / len(shares)] * len(shares)]
-                made = trainers.MatryoshkaBatchTopKTrainer(group_fractions=shares, group_weights=weights, **of_topk)
+                nested = importlib.import_module("dictionary_learning.trainers.matryoshka_batch_top_k")
+                made = nested.MatryoshkaBatchTopKTrainer(group_fractions=shares, group_weights=weights, **of_topk)
             case Activation.jumprelu:
                 assert cfg.penalty is Penalty.l0_target and cfg.dead is Dead.none
                 assert betas(cfg, training) == (0.0, 0.999), "its betas cannot be set"
