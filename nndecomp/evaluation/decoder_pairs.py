@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nndecomp.activations.statistics import SiteScale
 from nndecomp.config.schema import CodeNormalisation, require
-from nndecomp.decompositions.groups import SparseDictionary, columns_of
+from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.units import Columns
 from nndecomp.evaluation.patching import exact
 from nndecomp.types import Site
 
@@ -49,7 +51,7 @@ class Decoders:
     starts: tuple[int, ...]  # the first feature of each group, and the number of all
 
     @staticmethod
-    def of(dictionary: SparseDictionary, scales: Mapping[Site, float]) -> "Decoders":
+    def of(dictionary: SparseDictionary, scales: Mapping[Site, SiteScale]) -> "Decoders":
         """Raises SettingError for a dictionary that is not of two models, or whose features have codes at each site."""
         layout, spec = dictionary.write_layout, dictionary.spec
         models = sorted({str(site.model) for site in layout.sites})
@@ -63,7 +65,7 @@ class Decoders:
             "decomposition.code_normalisation=decoupled gives a feature other codes in each model, which a difference of "
             "decoder rows does not describe; write none, sae, crosscoder or mixed",
         )
-        scale = exact(columns_of(dict(scales), layout))
+        scale = exact(Columns(layout, layout, scales).s)
         whole = []
         for bank in dictionary.banks:
             placed = torch.zeros(bank.n_features, layout.width, dtype=torch.float64)

@@ -36,8 +36,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nndecomp.activations.statistics import SiteScale
 from nndecomp.decompositions.codes import Codes
-from nndecomp.decompositions.groups import SparseDictionary, columns_of
+from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.units import Columns
 from nndecomp.evaluation.decoder_pairs import KINDS, MODELS, Decoders, columns_by_model, kind_of
 from nndecomp.evaluation.patching import exact
 from nndecomp.types import Site
@@ -214,7 +216,7 @@ Pairs = Callable[[], Iterable[tuple[Float[Tensor, "token d_reads"], Float[Tensor
 
 
 @torch.no_grad()
-def model_diff(dictionary: SparseDictionary, scales: Mapping[Site, float], rows: Pairs, share: float) -> ModelDiff:
+def model_diff(dictionary: SparseDictionary, scales: Mapping[Site, SiteScale], rows: Pairs, share: float) -> ModelDiff:
     """Two passes over `rows`: maxima and groups, then latent scaling over all tokens and over the most active ones.
 
     scales: what each site's rows are divided by. share: of a feature's maximum, from which on a token is one of its most
@@ -224,7 +226,7 @@ def model_diff(dictionary: SparseDictionary, scales: Mapping[Site, float], rows:
     assert 0 < share <= 1, f"a share of {share} of the maximum"
     decoders, columns = Decoders.of(dictionary, scales), columns_by_model(dictionary)
     blocks = Blocks(decoders, {model: columns[model].stop - columns[model].start for model in MODELS})
-    scale = exact(columns_of(dict(scales), dictionary.write_layout)).cpu()
+    scale = exact(Columns(dictionary.write_layout, dictionary.write_layout, scales).s).cpu()
     b_dec = exact(dictionary.b_dec.detach()).cpu()
 
     def normalised(values: Tensor) -> dict[str, Tensor]:
