@@ -197,8 +197,8 @@ def writing(path: Path) -> Iterator[str]:
     for called, call in calls(tree(path)):
         if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) in ours:  # asks another file to write
             continue
-        # Path.replace has one argument; str.replace has two, dataclasses.replace has keywords.
-        other = called == "replace" and (len(call.args) != 1 or call.keywords)
+        # Path.replace has one argument; str.replace has two, dataclasses.replace has keywords. to_csv() returns text.
+        other = called == "replace" and (len(call.args) != 1 or call.keywords) or called == "to_csv" and not call.args
         if isinstance(call.func, ast.Attribute) and called in WRITING and not other:
             yield f"{where(path, call)} writes a file ({called})"
         if called == "open":

@@ -240,7 +240,7 @@ def test_resampling_changes_all_dead_rows_and_no_other(architecture: str):
     kill(made)
     before = {name: p.detach().clone() for name, p in made.dictionary.named_parameters()}
     with torch.no_grad():
-        firings = made.dictionary.encode(made._columns(planted(made.layout, 100, seed=1), made.dictionary.read_layout))
+        firings = made.dictionary.encode(made.reads(planted(made.layout, 100, seed=1)))
     quiet = [set((fired == 0).nonzero().flatten().tolist()) for fired in firings.firings()]
     drawn(made)
     still = [set(rows.tolist()) for rows in made._dead_of(made.tokens_since_fired >= 100)]

@@ -70,7 +70,7 @@ def reported_difference(found: Mapping[str, Compared], target: Target, out: Path
     groups = report.groups_table({name: each.diff for name, each in found.items()})
     text = [tables.markdown(kinds), tables.markdown(groups)]
     for name, each in found.items():
-        each.diff.features.to_csv(path := out / f"features_{name}.csv", index=False)
+        write_text(path := out / f"features_{name}.csv", each.diff.features.to_csv(index=False))
         print(f"features of {name} -> {path}")
         style.save(report.figure(each.diff, name), out / "figures", f"difference_{name}")
         text.append(report.examples(name, each.diff, each.moments, target.tokenizer))
