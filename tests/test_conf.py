@@ -197,6 +197,11 @@ def test_a_job_is_named_by_its_overrides_so_that_a_longer_sweep_finds_it():
         ("+decomposition.kk=3", "decomposition.kk is not a setting; did you mean decomposition.k?"),
         ("trainning.lr=3", "trainning is not a setting; did you mean training?"),
         ("k=3", "k is not a setting; did you mean decomposition.k?"),
+        (
+            "presets={plain: [topk]}",
+            "presets.plain cannot be added to an empty presets without a plus; "
+            "write '+presets={<name>: [<file of conf/decomposition>]}'",
+        ),
         ("seeed=3", "seeed is not a setting; did you mean seed?"),
         ("training.n_tokens=many", "Value 'many' of type 'str' could not be converted to Integer"),
         ("training.lr=[1]", "training.lr"),
@@ -271,3 +276,9 @@ def test_what_only_the_target_can_refuse_is_refused_without_its_weights(tmp_path
 def test_a_sweep_with_one_impossible_job_is_refused_as_a_whole(target: str):
     said = sentence("--multirun", target, "compare=null", "tokens.seq_len=64", "decomposition.k=8,9999")
     assert said == "decomposition.k=9999 must lie between 1 and decomposition.n_features=512"
+
+
+def test_every_preset_is_in_the_index():
+    index = (CONF / "decomposition" / "README.md").read_text()
+    for path in sorted((CONF / "decomposition").glob("*.yaml")):
+        assert f"`{path.stem}`" in index, f"conf/decomposition/README.md does not name {path.stem}"

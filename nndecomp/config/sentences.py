@@ -43,6 +43,8 @@ def group_of(key: str) -> str:
 def unknown_setting(key: str) -> str:
     """`key` is no setting: what was probably meant, and what there is beside it."""
     names = list(settings())
+    if group_of(key) == "presets":
+        return f"{key} cannot be added to an empty presets without a plus; write '+presets={{<name>: [<file of conf/decomposition>]}}'"
     beside = [name for name in names if group_of(name) == group_of(key)] or [n for n in names if "." not in n]
     last = key.rpartition(".")[2]
     # A right name in the wrong group, else the nearest spelling.
