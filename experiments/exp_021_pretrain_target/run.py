@@ -28,7 +28,7 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp.report import card, style
     from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, load, load_tokenizer, save
     from nndecomp.targets.load import directory_of, load_target
-    from nndecomp.tokens import heldout_tokens, open_tokens, training_documents
+    from nndecomp.tokens import TokenStream, heldout_tokens, open_tokens, training_documents
     from nndecomp.tokens.tokenizer import train_tokenizer
     from nndecomp.training.language_model import NextToken, TokenBatches, cross_entropy
     from nndecomp.training.log import Log
@@ -69,7 +69,9 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
         texts_measured["start_text"] = heldout_tokens(read, tokenizer, cfg.evaluation.n_seqs).to(device)
     before = {f"ce_{name}_before": cross_entropy(model, text, batch_seqs) for name, text in texts_measured.items()}
 
-    stream = TokenBatches(open_tokens(cfg.tokens, tokenizer, cfg.seed), cfg.training.batch_tokens // seq_len, device)
+    documents = open_tokens(cfg.tokens, tokenizer, cfg.seed)
+    assert isinstance(documents, TokenStream), f"tokens.kind={cfg.tokens.kind.value} is no text to train on"
+    stream = TokenBatches(documents, cfg.training.batch_tokens // seq_len, device)
     with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as log:
         train(
             {"model": NextToken(model)},
@@ -98,7 +100,7 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
         "device": str(device),
         "minutes": round(sum(row["timing"]["seconds"] for row in rows if "timing" in row) / 60, 1),
         "n_tokens": cfg.training.n_steps * cfg.training.batch_tokens,
-        "n_epochs": stream.stream.reader.state_dict()["epoch"],
+        "n_epochs": documents.reader.state_dict()["epoch"],
         "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "n_evaluated": int(heldout.mask[:, 1:].sum()),
         "scores": scores,

@@ -44,22 +44,22 @@ def summary(rows: pandas.DataFrame) -> pandas.DataFrame:
 def figure(rows: pandas.DataFrame) -> Figure:
     """Matched cosine and F1 of every decomposition, a panel a world; bars are one standard deviation over seeds."""
     found = over_seeds(rows)
-    worlds = list(dict.fromkeys(found.run))
+    worlds = list(dict.fromkeys(found["run"]))
     looks = {"matched_cosine": (style.COLOURS["transcoder"], "o"), "f1": (style.COLOURS["cross_layer_transcoder"], "s")}
     with matplotlib.rc_context(style.RC):
-        tallest = max(found[found.run == world].name.nunique() for world in worlds)
+        tallest = max(len(found.loc[found["run"] == world, "name"].unique()) for world in worlds)
         drawn = Figure(figsize=(2.9 * len(worlds) + 1.2, 0.3 * tallest + 1.4), layout="constrained")
         panels = drawn.subplots(1, len(worlds), squeeze=False)[0]
         for panel, world in zip(panels, worlds, strict=True):
-            own = found[found.run == world]
-            names = list(dict.fromkeys(own.name))[::-1]
+            own = found.loc[found["run"] == world]
+            names = list(dict.fromkeys(own["name"]))[::-1]
             for metric, (colour, marker) in looks.items():
-                of = own[own.metric == metric].set_index("name").loc[names]
+                of = own.loc[own["metric"] == metric].set_index("name").loc[names]
                 spread = of["std"].fillna(0)
                 panel.errorbar(
                     of["mean"], range(len(names)), xerr=spread, fmt=marker, color=colour, label=METRICS[metric]
                 )
-            chance = own[own.metric == "matched_cosine_null"]["mean"].mean()
+            chance = own.loc[own["metric"] == "matched_cosine_null", "mean"].mean()
             panel.axvline(chance, color=style.GREY, linestyle=":", label="chance (cosine)")
             panel.set_yticks(range(len(names)), names)
             panel.set_xlim(0, 1.03)
