@@ -134,18 +134,18 @@ def test_a_fit_is_summed_over_all_rows():
     assert peers.fit(Halves(), rows, batch=4) == peers.Fit(fvu=0.25, l0=1.5, dead=1 / 3)
 
 
-def test_the_table_has_means_and_deviations_over_seeds():
+def test_the_table_sets_differences_beside_what_seeds_alone_make():
     fits = [
         {
             **{"method": "topk", "library": "sae-lens", "repair": None, "seed": seed},
-            "theirs": {"fvu": 0.1 * (seed + 1), "l0": 4.0, "dead": 0.5},
-            "ours": {"fvu": 0.2, "l0": 4.0, "dead": 0.0},
+            "theirs": {"fvu": 0.1 * (seed + 1), "l0": 4.0, "dead": 0.5, "ms": 3.0},
+            "ours": {"fvu": 0.1 * (seed + 1) + 0.05, "l0": 3.5, "dead": 0.0, "ms": 2.0},
         }
         for seed in (0, 1)
     ]
     lines = parity.table(fits, {"sae-lens": "6"}).splitlines()
     assert lines[2] == (
-        "| topk | sae-lens | 0.1500 ± 0.0707 | 0.2000 ± 0.0000 | 4.00 ± 0.00 | 4.00 ± 0.00 | 50.0% ± 0.0% | 0.0% ± 0.0% |"
+        "| topk | sae-lens | 0.1500 | 0.2000 | +0.0500 | 0.0707 | 4.00 | 3.50 | -0.50 | 0.00 | 50.0% | 0.0% | 3.0 | 2.0 |"
     )
     assert parity.scores(fits)["topk/sae-lens/theirs_fvu"] == pytest.approx(0.15)
-    assert len(parity.figure(fits).axes[0].collections) == 2
+    assert [len(panel.collections) for panel in parity.figure(fits).axes] == [2, 2]
