@@ -49,6 +49,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         **MLP_OUT,
     },
     "causal_crosscoder": {"architecture": Architecture.causal_crosscoder, **MLP_OUT},
+    "molt": {"architecture": Architecture.molt, "ranks": [[1, 4], [2, 2]]},
+    "skip_molt": {
+        "architecture": Architecture.molt,
+        "ranks": [[1, 2], [3, 1]],
+        "layers": [1],
+        "skip": True,
+        "code_normalisation": CodeNormalisation.sae,
+    },
     "dedicated_feature_crosscoder": {
         "architecture": Architecture.dedicated_feature_crosscoder,
         "n_exclusive": [F, F],
@@ -70,8 +78,11 @@ GLU = {"encoder": Encoder.glu}
 
 
 def fits(architecture: str, activation: str) -> bool:
-    """Whether a combination makes sense: pursuit explains what it reads, by features that are all of one dictionary."""
+    """Whether a combination makes sense: pursuit explains what it reads, by features that are all of one dictionary; the
+    gate of a gated dictionary reconstructs by decoder rows."""
     wiring = ARCHITECTURES[architecture]
+    if wiring["architecture"] is Architecture.molt and activation == "gated":
+        return False
     explains = wiring.get("reads", []) == wiring.get("writes") and "code_normalisation" not in wiring
     return activation != "matching_pursuit" or (explains and "centre_input" not in wiring)
 
@@ -112,7 +123,7 @@ def settled(seed: int = 0, **settings: Any) -> SparseDictionary:
     for name, parameter in made.named_parameters():
         if any(part in name for part in ("b_enc", "b_glu", "b_dec", "W_skip", "activation.r.", "b_mag")):
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
-        if "W_dec" in name:
+        if "W_dec" in name or name.endswith(".U"):
             parameter.mul_(3 * (0.5 + torch.rand(len(parameter), 1, generator=draw)))
     match made.activation:
         case BatchTopK(threshold=threshold):

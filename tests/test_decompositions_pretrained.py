@@ -27,6 +27,8 @@ def test_a_saved_dictionary_is_json_and_safetensors_and_names_its_wiring(saved):
         "writes": ["L1.mlp_out", "L2.mlp_out"],
         "n_features": 24,
         "encoder": None,
+        "ranks": [],
+        "attention": None,
     }
     assert config["activation"]["k"] == [3, 3, 3]
 

@@ -27,8 +27,9 @@ def test_blocks_have_their_share_and_the_last_one_the_rest(n: int, shares: list[
     assert block_sizes(n, shares) == sizes
 
 
+# Transforms have no decoder rows to take a prefix of: their settings refuse matryoshka (test_molt).
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if "ranks" not in ARCHITECTURES[name]])
 def test_each_prefix_is_the_dictionary_without_the_features_after_it(architecture: str, activation: str):
     made = settled(**ARCHITECTURES[architecture], **ACTIVATIONS[activation])
     x = inputs(made)

@@ -6,6 +6,7 @@ from typing import Any
 
 from nndecomp.build.presets import presets
 from nndecomp.config.compose import changed
+from nndecomp.config.molt_lorsa_checks import RANKS
 from nndecomp.config.schema import (
     Activation,
     Architecture,
@@ -66,7 +67,7 @@ def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int
     match architecture:
         case Architecture.per_layer_sae:
             reads, changes = ["mlp_out"], {"skip": False, "centre_input": True, "decoder": Decoder.unit_norm}
-        case Architecture.per_layer_transcoder | Architecture.cross_layer_transcoder:
+        case Architecture.per_layer_transcoder | Architecture.cross_layer_transcoder | Architecture.molt:
             reads, changes = ["mlp_in"], {}
         case Architecture.neurons:
             # Their number is the target's d_mlp; n_features only must not refuse k.
@@ -75,7 +76,9 @@ def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int
             require(
                 False,
                 f"compare.architectures has {other.value}, which does not take the place of all MLPs; "
-                "write per_layer_sae, per_layer_transcoder, cross_layer_transcoder or neurons",
+                "write per_layer_sae, per_layer_transcoder, cross_layer_transcoder, molt or neurons",
             )
             raise AssertionError
+    if architecture is not Architecture.molt:  # what is said of ranks is for molt, which may stand beside others
+        changes["ranks"] = [list(pair) for pair in RANKS]
     return replace(cfg, architecture=architecture, reads=reads, writes=["mlp_out"], k=k, **changes)

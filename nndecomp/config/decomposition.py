@@ -8,6 +8,7 @@ from nndecomp.config.checks import require
 from nndecomp.config.kinds import (
     Activation,
     Architecture,
+    AttentionStart,
     CodeNormalisation,
     Dead,
     Decoder,
@@ -22,6 +23,7 @@ from nndecomp.config.kinds import (
     Scope,
     Together,
 )
+from nndecomp.config.molt_lorsa_checks import RANKS, check_molt_and_lorsa
 from nndecomp.config.training import Optimizer
 
 SELECTING = (Activation.topk, Activation.abs_topk, Activation.batchtopk, Activation.matching_pursuit)
@@ -40,6 +42,14 @@ class DecompositionConfig:
     n_features: int  # in each group; dedicated_feature_crosscoder: in the shared group
     n_exclusive: list[int] | None = None  # dedicated_feature_crosscoder: features of A alone, of B alone
     skip: bool = False  # add a linear map from what a group reads to what it writes
+    # --- molt: transforms of low rank; a code multiplies (x V) U ---
+    # (rank, how many) in one period of n_features; lists, since what is said of a mapping would be added to it
+    ranks: list[list[int]] = field(default_factory=lambda: [list(pair) for pair in RANKS])
+    # --- lorsa: heads that read and write one direction each, n_features / n_qk_heads of them by one attention pattern ---
+    n_qk_heads: int | None = None  # attention patterns; null: as many as the target has heads
+    d_qk: int | None = None  # of a query and a key; null: the target's d_head
+    rotary: bool = True  # queries and keys turn with position as the target's do, if they do
+    attention_start: AttentionStart = AttentionStart.target
     # --- encoder and activation function ---
     encoder: Encoder = Encoder.linear
     activation: Activation
@@ -125,6 +135,7 @@ class DecompositionConfig:
         checks.check_effects(self)
         checks.check_ranges(self)
         checks.check_decoder(self)
+        check_molt_and_lorsa(self)
         if self.layers is not None:
             require(
                 self.layers == sorted(set(self.layers)) and len(self.layers) > 0,

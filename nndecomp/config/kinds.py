@@ -119,6 +119,13 @@ class InitialBias(Enum):
     geometric_median = "geometric_median"
 
 
+class AttentionStart(Enum):
+    """Where the queries and keys of lorsa start."""
+
+    random = "random"
+    target = "target"  # those of the target's own heads, each as often as heads are asked for
+
+
 class Decoder(Enum):
     free = "free"
     unit_norm = "unit_norm"  # rows of norm 1; the gradient along them is taken away

@@ -15,6 +15,7 @@ from nndecomp.config.evaluation import EvaluationConfig, Inputs, Patched
 from nndecomp.config.kinds import (
     Activation,
     Architecture,
+    AttentionStart,
     CodeNormalisation,
     Dead,
     Decoder,
@@ -48,6 +49,7 @@ __all__ = [
     "ActivationsConfig",
     "ActivationsKind",
     "Architecture",
+    "AttentionStart",
     "CodeNormalisation",
     "CompareConfig",
     "Correlation",

@@ -9,7 +9,7 @@ from nndecomp.decompositions.spec import ActivationSpec, DictionarySpec
 from nndecomp.decompositions.wiring import wire
 from nndecomp.targets.base import Shape
 
-_NO_DICTIONARY = (Architecture.neurons, Architecture.molt, Architecture.lorsa)
+_NO_DICTIONARY = (Architecture.neurons, Architecture.lorsa)
 
 
 def dictionary_spec(cfg: DecompositionConfig, shape: Shape, target: str) -> DictionarySpec:

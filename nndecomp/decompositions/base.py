@@ -29,6 +29,7 @@ class GroupCost:
     n_writes: int
     gate_parameters: int
     linear_parameters: int  # the linear skip
+    module: str | None = None  # of which the group is a part, beside others; null: the group is all of it
 
 
 @runtime_checkable

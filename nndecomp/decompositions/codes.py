@@ -7,6 +7,7 @@ whose value is 0 is not active. Gradients flow into the values.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -124,11 +125,23 @@ def _mean(counts: Int[Tensor, "..."]) -> str:
     return f"{counts.double().mean():.1f}" if counts.numel() else "none"
 
 
+def _counts(codes: GroupCodes, sizes: Sequence[int]) -> Int[Tensor, "token part"]:
+    """Active features of each token in each part."""
+    tokens, features, _ = codes.entries()
+    ends = torch.tensor(sizes, device=features.device).cumsum(0)
+    part = torch.searchsorted(ends, features, right=True)
+    blank = torch.zeros(codes.n_tokens * len(sizes), dtype=torch.int64, device=features.device)
+    ones = torch.ones_like(features)
+    return blank.index_add_(0, tokens * len(sizes) + part, ones).view(codes.n_tokens, len(sizes))
+
+
 @dataclass(frozen=True)
 class Codes:
     """The codes of every group, in the order of the groups."""
 
     groups: tuple[GroupCodes, ...]
+    # Sizes of the parts, adjacent features of one group, that are counted apart; null: each group as a whole.
+    parts: tuple[tuple[int, ...], ...] | None = None
 
     def __repr__(self) -> str:
         """Sizes alone, such as `Codes(23 tokens, 4 groups of 512 features, 16.0 active a group)`."""
@@ -152,12 +165,17 @@ class Codes:
         return self.groups[0].n_tokens
 
     def counts(self) -> Int[Tensor, "token group"]:
-        """Active features of each token and group."""
-        return torch.stack([codes.counts() for codes in self.groups], 1)
+        """Active features of each token and group, or part of one."""
+        if self.parts is None:
+            return torch.stack([codes.counts() for codes in self.groups], 1)
+        return torch.cat([_counts(codes, sizes) for codes, sizes in zip(self.groups, self.parts, strict=True)], 1)
 
     def firings(self) -> tuple[Int[Tensor, "_"], ...]:
-        """For each group: tokens that each of its features is active on."""
-        return tuple(codes.firings() for codes in self.groups)
+        """For each group, or part of one: tokens that each of its features is active on."""
+        whole = [codes.firings() for codes in self.groups]
+        if self.parts is None:
+            return tuple(whole)
+        return tuple(chain(*(each.split(sizes) for each, sizes in zip(whole, self.parts, strict=True))))
 
     def fired(self) -> Bool[Tensor, "all_features"]:
         """Features active on at least one token, groups side by side."""

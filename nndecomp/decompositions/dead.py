@@ -30,12 +30,23 @@ def aux_k(
     |e - e_hat|^2 / |e - mean e|^2
     """
     assert len(W_dec) > 0, "aux_k of a group without dead features"
-    residual = residual.detach()
+    return unexplained(residual, aux_codes(pre, c, k, signed) @ W_dec)
+
+
+def aux_codes(
+    pre: Float[Tensor, "token dead"], c: Float[Tensor, "dead"] | None, k: int, signed: bool = False
+) -> Float[Tensor, "token dead"]:
+    """The k dead features that answer for what the others left over."""
     score = pre.detach() if c is None else pre.detach() * c.detach()
     indices = (score.abs() if signed else score).topk(min(k, pre.shape[1]), sorted=False).indices
     values = pre.gather(1, indices)
-    codes = torch.zeros_like(pre).scatter(1, indices, values if signed else values.relu())
-    error = (residual - codes @ W_dec).square().sum()
+    return torch.zeros_like(pre).scatter(1, indices, values if signed else values.relu())
+
+
+def unexplained(residual: Float[Tensor, "token d_write"], e_hat: Float[Tensor, "token d_write"]) -> Float[Tensor, ""]:
+    """|e - e_hat|^2 / |e - mean e|^2, with e given."""
+    residual = residual.detach()
+    error = (residual - e_hat).square().sum()
     return _ratio(error, (residual - residual.mean(0)).square().sum())
 
 

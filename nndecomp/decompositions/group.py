@@ -95,16 +95,29 @@ class Group(nn.Module):
         features = codes.decode(self.W_dec)
         return features if self.W_skip is None else features + x @ self.W_skip
 
-    def cost(self, spec: GroupSpec) -> GroupCost:
+    def answers(
+        self, x: Float[Tensor, "token d_read"], codes: Float[Tensor, "token chosen"], chosen: Int[Tensor, "chosen"]
+    ) -> Float[Tensor, "token d_write"]:
+        """What some features alone make of their codes."""
+        return codes @ self.W_dec[chosen]
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Sizes of the runs of features that `costs` has one entry for."""
+        return (self.n_features,)
+
+    def costs(self, spec: GroupSpec) -> tuple[GroupCost, ...]:
         maps = () if self.encoder is None else self.encoder.maps
-        return GroupCost(
-            name=self.name,
-            n_components=self.n_features,
-            # Features of a group that pursues are read with the rows that they write.
-            parameters=sum(W.shape[1] for W, _ in maps) + self.d_write,
-            n_writes=len(spec.writes),
-            gate_parameters=sum(W.numel() for W, _ in maps) if spec.encoder is None else 0,
-            linear_parameters=0 if self.W_skip is None else self.W_skip.numel(),
+        return (
+            GroupCost(
+                name=self.name,
+                n_components=self.n_features,
+                # Features of a group that pursues are read with the rows that they write.
+                parameters=sum(W.shape[1] for W, _ in maps) + self.d_write,
+                n_writes=len(spec.writes),
+                gate_parameters=sum(W.numel() for W, _ in maps) if spec.encoder is None else 0,
+                linear_parameters=0 if self.W_skip is None else self.W_skip.numel(),
+            ),
         )
 
     def fold(

@@ -13,6 +13,7 @@ architecture forbids do not exist.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -27,9 +28,10 @@ from nndecomp.decompositions.codes import Codes, Encoding
 from nndecomp.decompositions.encoding import encode
 from nndecomp.decompositions.group import Group
 from nndecomp.decompositions.live import DictionaryRun
+from nndecomp.decompositions.molt import TransformGroup
 from nndecomp.decompositions.pretrained import Pretrained
 from nndecomp.decompositions.pursuit import MatchingPursuit
-from nndecomp.decompositions.spec import DictionarySpec
+from nndecomp.decompositions.spec import DictionarySpec, GroupSpec
 
 
 class SparseDictionary(Pretrained, Decomposition):
@@ -43,7 +45,7 @@ class SparseDictionary(Pretrained, Decomposition):
         made: dict[str, Group] = {}
         for group in spec.groups:
             of = None if group.encoder is None else made[group.encoder]
-            made[group.name] = Group(group, spec, of)
+            made[group.name] = _kind(group)(group, spec, of)
         self.groups = nn.ModuleList(made.values())
         self.b_dec = nn.Parameter(torch.zeros(self.write_layout.width))
         self.activation = make_activation(spec)
@@ -51,7 +53,7 @@ class SparseDictionary(Pretrained, Decomposition):
         self.centres = spec.centre_input or isinstance(self.activation, MatchingPursuit)
         assert not self.centres or self.read_layout == self.write_layout, "only what writes all it reads can centre it"
         self.together = self._together()
-        self.costs = tuple(self._cost(g) for g in range(len(spec.groups)))
+        self.costs = tuple(chain(*(self._costs(g) for g in range(len(spec.groups)))))
 
     @property
     def banks(self) -> list[Group]:
@@ -80,14 +82,14 @@ class SparseDictionary(Pretrained, Decomposition):
             sets.append((*sorted(i for each in joined for i in each), g))
         return sorted(sets)
 
-    def _cost(self, group: int) -> GroupCost:
+    def _costs(self, group: int) -> tuple[GroupCost, ...]:
         """A pursuit looks through its decoder once for every feature that it takes."""
         bank, activation = self.banks[group], self.activation
-        cost = bank.cost(self._spec.groups[group])
+        costs = bank.costs(self._spec.groups[group])
         if not isinstance(activation, MatchingPursuit):
-            return cost
+            return costs
         k = sum(activation.k[g] for joint in self.together if group in joint for g in joint)
-        return replace(cost, gate_parameters=k * bank.W_dec.numel())
+        return tuple(replace(cost, gate_parameters=k * bank.W_dec.numel()) for cost in costs)
 
     def scale(self, group: int) -> Float[Tensor, "feature"] | None:
         """c of a group's features, without gradient, as selection and thresholds see it; null: 1."""
@@ -139,7 +141,12 @@ class SparseDictionary(Pretrained, Decomposition):
 
     def forward(self, x: Float[Tensor, "token d_reads"]) -> tuple[Float[Tensor, "token d_writes"], Codes]:
         codes = self.encode(x)
-        return self.decode(codes, x), codes
+        return self.decode(codes, x), self.counted(codes)
+
+    def counted(self, codes: Codes) -> Codes:
+        """The same codes, counted as `costs` has it."""
+        parts = tuple(bank.parts for bank in self.banks)
+        return codes if all(len(sizes) == 1 for sizes in parts) else replace(codes, parts=parts)
 
     def live_obstacle(self) -> str | None:
         for joint in self.together:
@@ -202,3 +209,7 @@ class SparseDictionary(Pretrained, Decomposition):
             c = self.scale(g)
             bank.code_scale = torch.ones_like(bank.b_enc) if c is None else c.clone()
         self._spec = replace(self._spec, frozen_scales=True)
+
+
+def _kind(group: GroupSpec) -> type[Group]:
+    return TransformGroup if group.ranks else Group

@@ -10,6 +10,7 @@ from nndecomp.config.schema import Architecture, DecompositionConfig
 from nndecomp.decompositions.encoders import GluEncoder
 from nndecomp.decompositions.geometry import unit
 from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.molt import TransformGroup
 from nndecomp.decompositions.spec import GroupSpec
 from nndecomp.types import Layout
 
@@ -48,6 +49,10 @@ def randomise(dictionary: SparseDictionary, seed: int, decoder_norm: float, tied
             bank.W_enc.copy_(W_enc)
         if isinstance(bank.encoder, GluEncoder):
             bank.encoder.W_glu.copy_(_directions(f"{seed} W_glu {reads}", *bank.W_enc.shape))
+        if isinstance(bank, TransformGroup):
+            V, U = (_directions(f"{seed} {name} {reads}", *W.shape) for name, W in (("V", bank.V), ("U", bank.U)))
+            bank.start_decoder(V, U, decoder_norm)
+            continue
         if is_tied(spec, tied):
             rows = W_enc[:, read_columns(dictionary, spec)]
             if rows.shape != W_enc.shape:

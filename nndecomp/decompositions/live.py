@@ -58,4 +58,4 @@ class DictionaryRun:
     def active(self) -> Codes:
         n_groups = len(self._dictionary.groups)
         assert len(self._codes) == n_groups, f"{len(self._codes)} of {n_groups} groups have been encoded"
-        return Codes(tuple(self._codes[g] for g in range(n_groups)))
+        return self._dictionary.counted(Codes(tuple(self._codes[g] for g in range(n_groups))))

@@ -21,9 +21,16 @@ def decoder_scale(
 ) -> Float[Tensor, "feature"]:
     """c of each feature of a group that writes sites of these widths side by side."""
     norms = torch.stack([part.norm(dim=1) for part in W_dec.split(list(widths), 1)], 1)
+    return combined_norms(norms, kind, mixed_weights)
+
+
+def combined_norms(
+    norms: Float[Tensor, "feature site"], kind: CodeNormalisation, mixed_weights: tuple[float, float]
+) -> Float[Tensor, "feature"]:
+    """c from n_s, the norms at the sites that are written."""
     match kind:
         case CodeNormalisation.none:
-            return W_dec.new_ones(len(W_dec))
+            return norms.new_ones(len(norms))
         # Decoupled groups write one site each, where all three are the same.
         case CodeNormalisation.sae | CodeNormalisation.decoupled:
             return norms.norm(dim=1)

@@ -98,7 +98,7 @@ class DictionaryObjective(nn.Module):
         x, y = self.reads(rows), self.writes(rows)
         # An archetypal decoder is computed once a step: the first time, with its gradient.
         with parametrize.cached():
-            decoders = [bank.W_dec for bank in self.dictionary.banks]
+            decoders = [bank.W_dec for bank in self.dictionary.banks if self.cfg.decoder is Decoder.archetypal]
             assert all(W_dec.requires_grad for W_dec in decoders if torch.is_grad_enabled()), "decoders are trained"
             return self._loss(x, y, progress)
 

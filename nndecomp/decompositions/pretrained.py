@@ -75,7 +75,8 @@ class Pretrained(nn.Module):
         ]
         if wrong:
             raise SettingError(f"weights in {source} do not fit their config.json: {'; '.join(wrong)}")
-        module.load_state_dict(weights, assign=True)
+        # Cloned, so that they lie in memory as fresh ones do: where they do not, some products are summed in another order.
+        module.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
         return module.to(device).eval()
 
     def push_to_hub(self, repo_id: str, private: bool = False, message: str = "Upload dictionary") -> str:

@@ -13,12 +13,23 @@ from nndecomp.types import Layout, Site
 
 
 @dataclass(frozen=True)
+class AttentionSpec:
+    """Attention patterns of lorsa; the group's features are split evenly among them, adjacent ones together."""
+
+    n_heads: int
+    d_qk: int
+    rotary: tuple[float, ...]  # as in `TargetShape`, of the group's layer
+
+
+@dataclass(frozen=True)
 class GroupSpec:
     name: str  # unique within the dictionary, e.g. "L3"
     reads: tuple[Site, ...]
     writes: tuple[Site, ...]
     n_features: int
     encoder: str | None = None  # the group before it whose encoder it uses; null: its own
+    ranks: tuple[tuple[int, int], ...] = ()  # molt: (rank, how many transforms of it), in the order of the features
+    attention: AttentionSpec | None = None  # lorsa
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,10 @@ class DictionarySpec:
                     "writes": [str(site) for site in group.writes],
                     "n_features": group.n_features,
                     "encoder": group.encoder,
+                    "ranks": [list(pair) for pair in group.ranks],
+                    "attention": None
+                    if group.attention is None
+                    else {**asdict(group.attention), "rotary": list(group.attention.rotary)},
                 }
                 for group in self.groups
             ],
@@ -102,6 +117,10 @@ class DictionarySpec:
                     writes=tuple(Site.parse(name) for name in group["writes"]),
                     n_features=group["n_features"],
                     encoder=group["encoder"],
+                    ranks=tuple((rank, count) for rank, count in group["ranks"]),
+                    attention=None
+                    if group["attention"] is None
+                    else AttentionSpec(**{**group["attention"], "rotary": tuple(group["attention"]["rotary"])}),
                 )
                 for group in config["groups"]
             ),

@@ -12,7 +12,7 @@ from nndecomp.decompositions import losses, penalties
 from nndecomp.decompositions.activation_pointwise import JumpRelu
 from nndecomp.decompositions.activation_selecting import AbsTopK
 from nndecomp.decompositions.codes import DenseCodes, Encoding
-from nndecomp.decompositions.dead import aux_k, dead_pre_activations, ghost
+from nndecomp.decompositions.dead import aux_codes, dead_pre_activations, ghost, unexplained
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.matryoshka import prefix_reconstructions
 
@@ -87,11 +87,12 @@ def revival(
     for g, own in enumerate(dead):
         if len(own) == 0:
             continue
-        left, W_dec = residual[:, banks[g].writes], banks[g].W_dec[own]
+        bank, left = banks[g], residual[:, banks[g].writes]
         pre = dead_pre_activations(batch.dictionary, batch.x, g, own)
         if cfg.dead is Dead.ghost:
-            terms.append(ghost(left, pre, W_dec, fit))
+            terms.append(ghost(left, pre, bank.W_dec[own], fit))
         else:
             c, signed = batch.encoding.scales[g], isinstance(batch.dictionary.activation, AbsTopK)
-            terms.append(aux_k(left, pre, None if c is None else c[own], W_dec, cfg.aux_k, signed))
+            codes = aux_codes(pre, None if c is None else c[own], cfg.aux_k, signed)
+            terms.append(unexplained(left, bank.answers(batch.x[:, bank.reads], codes, own)))
     return cfg.aux_coefficient * torch.stack(terms).sum() / len(banks) if terms else None

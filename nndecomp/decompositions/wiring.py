@@ -11,14 +11,16 @@ Everything is checked against the shape of the target, before any weight is load
     crosscoder, decoupled         1 a write       all sites -> one site, all with the first one's encoder
     causal_crosscoder             1 a layer       site of layer l -> the same point of layers l, l+1, ...
     dedicated_feature_crosscoder  up to 3         A -> A, A and B -> A and B, B -> B (Jiralerspong & Bricken 2026)
-    molt, lorsa, neurons          1 a layer       not dictionaries: see their own files
+    molt                          1 a layer       L<l>.mlp_in -> L<l>.mlp_out, through linear maps of low rank
+    lorsa                         1 a layer       L<l>.attn_in -> L<l>.attn_out, of this and earlier positions
+    neurons                       1 a layer       not a dictionary: see its own file
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nndecomp.config.schema import Architecture, CodeNormalisation, DecompositionConfig, require
-from nndecomp.decompositions.spec import GroupSpec
+from nndecomp.config.schema import Architecture, AttentionStart, CodeNormalisation, DecompositionConfig, require
+from nndecomp.decompositions.spec import AttentionSpec, GroupSpec
 from nndecomp.decompositions.start_checks import check_start
 from nndecomp.errors import SettingError
 from nndecomp.targets.base import Shape, TargetShape
@@ -63,8 +65,14 @@ def _groups(
             return _named([((site,), (site,)) for site in reads], n)
         case Architecture.transcoder:
             return _named([(reads, writes)], n)
-        case Architecture.per_layer_transcoder | Architecture.molt | Architecture.lorsa:
+        case Architecture.per_layer_transcoder:
             return _named([((read,), (write,)) for read, write in zip(reads, writes, strict=True)], n)
+        case Architecture.molt:
+            named = _named([((read,), (write,)) for read, write in zip(reads, writes, strict=True)], n)
+            return tuple(replace(group, ranks=_ranks(cfg, group, shape)) for group in named)
+        case Architecture.lorsa:
+            named = _named([((read,), (write,)) for read, write in zip(reads, writes, strict=True)], n)
+            return tuple(replace(group, attention=_attention(cfg, group.reads[0], shape)) for group in named)
         case Architecture.neurons:
             pairs = [((read,), (write,)) for read, write in zip(reads, writes, strict=True)]
             return _named(pairs, shape.of(None).d_mlp)
@@ -98,6 +106,40 @@ def _named(pairs: Sequence[tuple[tuple[Site, ...], tuple[Site, ...]]], n_feature
         GroupSpec(f"L{reads[0].layer}" if alone else str(reads[0]), reads, writes, n_features)
         for reads, writes in pairs
     )
+
+
+def _ranks(cfg: DecompositionConfig, group: GroupSpec, shape: Shape) -> tuple[tuple[int, int], ...]:
+    """Of all features of a group: periods side by side would be transforms of one rank apart from each other."""
+    periods = cfg.n_features // sum(count for _, count in cfg.ranks)
+    largest = min(shape.width(site) for site in (*group.reads, *group.writes))
+    require(
+        cfg.ranks[-1][0] <= largest,
+        f"decomposition.ranks={cfg.ranks} has a rank above {largest}, the narrower of the sites of group {group.name}",
+    )
+    return tuple((rank, count * periods) for rank, count in cfg.ranks)
+
+
+def _attention(cfg: DecompositionConfig, read: Site, shape: Shape) -> AttentionSpec:
+    own = shape.of(read.model)
+    n_heads, d_qk = cfg.n_qk_heads or own.n_heads, cfg.d_qk or own.d_head
+    require(
+        cfg.n_features % n_heads == 0,
+        f"decomposition.n_features={cfg.n_features} is not a multiple of the {n_heads} attention patterns of "
+        "decomposition.n_qk_heads, which have equally many features",
+    )
+    if cfg.attention_start is AttentionStart.target:
+        require(
+            n_heads % own.n_heads == 0 and d_qk == own.d_head,
+            f"decomposition.n_qk_heads={n_heads} and d_qk={d_qk} do not fit decomposition.attention_start=target: the "
+            f"target has {own.n_heads} heads of {own.d_head}; write a multiple, or attention_start=random",
+        )
+    rotary = own.rotary[read.layer] if cfg.rotary and own.rotary else ()
+    require(
+        2 * len(rotary) <= d_qk,
+        f"decomposition.d_qk={d_qk} is less than the {2 * len(rotary)} coordinates that the target turns with position; "
+        "write more, or rotary=false",
+    )
+    return AttentionSpec(n_heads, d_qk, rotary)
 
 
 def _check_sites(cfg: DecompositionConfig, reads: tuple[Site, ...], writes: tuple[Site, ...]) -> None:
@@ -143,7 +185,9 @@ def _check_sites(cfg: DecompositionConfig, reads: tuple[Site, ...], writes: tupl
             "decomposition.architecture=dedicated_feature_crosscoder tells them apart",
         )
     if cfg.architecture is Architecture.neurons:
-        _require_neurons(reads, writes)
+        _require_points(cfg, reads, writes, Point.mlp_hidden, Point.mlp_out)
+    if cfg.architecture is Architecture.lorsa:
+        _require_points(cfg, reads, writes, Point.attn_in, Point.attn_out)
 
 
 def _sites(setting: str, names: Sequence[str], cfg: DecompositionConfig, shape: Shape) -> tuple[Site, ...]:
@@ -205,11 +249,13 @@ def _require_one_a_layer(cfg: DecompositionConfig, reads: Sequence[Site], writes
     )
 
 
-def _require_neurons(reads: Sequence[Site], writes: Sequence[Site]) -> None:
-    for setting, sites, point in (("reads", reads, Point.mlp_hidden), ("writes", writes, Point.mlp_out)):
+def _require_points(
+    cfg: DecompositionConfig, reads: Sequence[Site], writes: Sequence[Site], read: Point, write: Point
+) -> None:
+    for setting, sites, point in (("reads", reads, read), ("writes", writes, write)):
         require(
             {site.point for site in sites} == {point},
-            f"decomposition.{setting} is {_list(sites)}, but decomposition.architecture=neurons "
+            f"decomposition.{setting} is {_list(sites)}, but decomposition.architecture={cfg.architecture.value} "
             f"can only have {point.value}",
         )
 

@@ -16,8 +16,10 @@ def context(cfg: RunConfig, target: Target, parts: Sequence[Decomposition], run:
     match parts[0]:
         case SparseDictionary(spec=spec):
             architecture, activation, k = spec.architecture, spec.activation.kind.value, spec.activation.k
+            n_features = spec.groups[0].n_features
         case NeuronBaseline(k=k):
             architecture, activation = Architecture.neurons.value, Activation.topk.value
+            n_features = parts[0].costs[0].n_components
         case other:
             raise AssertionError(f"rows cannot name a {type(other).__name__}")
     return Context(
@@ -29,7 +31,7 @@ def context(cfg: RunConfig, target: Target, parts: Sequence[Decomposition], run:
         split="heldout",
         architecture=architecture,
         layers=",".join(dict.fromkeys(str(site.layer) for part in parts for site in part.writes)),
-        n_features=parts[0].costs[0].n_components,
+        n_features=n_features,
         activation=activation,
         k=sum(k) / len(k) if k else math.nan,
         seed=seed,

@@ -2,12 +2,12 @@
 
 With l_g the mean number of active components of group g, each axis is linear in l:
 
-    active_per_module           mean over groups of l_g
+    active_per_module           mean over modules of l_m, the sum of l_g over the groups of a module (usually one)
     active_per_reconstruction   sum_g l_g n_writes_g / n_writes             components that write to one site
     active_parameters           sum_g l_g parameters_g + linear_parameters_g    weights of the active components, and
                                                                                 of linear maps beside them
     active_parameters_with_gate active_parameters + sum_g gate_parameters_g     and those that decide which are active
-    description_length          sum_g l_g (log2 n_components_g + VALUE_BITS)
+    description_length          sum_g l_g (log2 n_components of its module + VALUE_BITS)
 
 n_writes is the number of different sites written (one a layer, when MLPs are replaced). The second axis is fair to
 methods whose components write to several layers or share the work of one layer between two weight matrices; the last
@@ -15,6 +15,7 @@ counts the bits that name the active components and their values, one at a time,
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,13 +49,20 @@ def axes(costs: Sequence[GroupCost], n_writes: int) -> tuple[Axis, ...]:
     def each(values: Sequence[int | float]) -> Float[Tensor, " group"]:
         return torch.tensor(values, dtype=torch.float64)
 
+    modules = Counter[str]()
+    for cost in costs:
+        modules[cost.module or cost.name] += cost.n_components
     parameters = each([cost.parameters for cost in costs])
     linear = float(sum(cost.linear_parameters for cost in costs))
     gate = float(sum(cost.gate_parameters for cost in costs))
     return (
-        Axis("active_per_module", "components/token", each([1 / len(costs)] * len(costs))),
+        Axis("active_per_module", "components/token", each([1 / len(modules)] * len(costs))),
         Axis("active_per_reconstruction", "components/token", each([cost.n_writes / n_writes for cost in costs])),
         Axis("active_parameters", "weights/token", parameters, linear),
         Axis("active_parameters_with_gate", "weights/token", parameters, linear + gate),
-        Axis("description_length", "bits/token", each([math.log2(c.n_components) + VALUE_BITS for c in costs])),
+        Axis(
+            "description_length",
+            "bits/token",
+            each([math.log2(modules[c.module or c.name]) + VALUE_BITS for c in costs]),
+        ),
     )

@@ -102,7 +102,9 @@ def _costs(decompositions: Sequence[Decomposition]) -> tuple[GroupCost, ...]:
     """Groups of all decompositions side by side. A name that occurs twice says which decomposition it belongs to."""
     times = Counter(cost.name for each in decompositions for cost in each.costs)
     return tuple(
-        replace(cost, name=f"{cost.name}#{i}") if times[cost.name] > 1 else cost
+        replace(cost, name=f"{cost.name}#{i}", module=f"{cost.module or cost.name}#{i}")
+        if times[cost.name] > 1
+        else cost
         for i, each in enumerate(decompositions)
         for cost in each.costs
     )

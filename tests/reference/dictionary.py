@@ -5,6 +5,7 @@ from torch import Tensor
 
 from nndecomp.config.schema import Activation, CodeNormalisation, Encoder, Scope
 from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.molt import TransformGroup
 from nndecomp.decompositions.spec import GroupSpec
 
 
@@ -36,8 +37,11 @@ def batchtopk(pre: Tensor, n: int) -> Tensor:
 
 
 def decoder_rows(dictionary: SparseDictionary, group: GroupSpec) -> dict[str, Tensor]:
-    """Site -> its block of the group's decoder."""
+    """Site -> its block of the group's decoder; of transforms, their matrices as rows."""
     bank = next(bank for bank in dictionary.banks if bank.name == group.name)
+    if isinstance(bank, TransformGroup):
+        matrices = [matrix(bank, t)[0].flatten() for t in range(bank.n_features)]
+        return {str(group.writes[0]): torch.stack(matrices)}
     blocks, start = {}, 0
     for site in group.writes:
         width = dictionary.spec.widths[site]
@@ -68,7 +72,7 @@ def code_scale(dictionary: SparseDictionary, group: GroupSpec) -> Tensor:
             case CodeNormalisation.decoupled:
                 assert len(norms) == 1
                 c.append(norms[0])
-    return torch.tensor(c, dtype=bank.W_dec.dtype)
+    return torch.tensor(c, dtype=bank.b_enc.dtype)
 
 
 def pursuit(residual: Tensor, D: Tensor, k: int) -> Tensor:
@@ -158,6 +162,21 @@ def encode(dictionary: SparseDictionary, x: Tensor) -> list[Tensor]:
     return codes
 
 
+def matrix(bank: TransformGroup, t: int) -> tuple[Tensor, Tensor]:
+    """A transform as the d x d matrix that is never formed, and what is taken away from what it makes of x."""
+    atoms = slice(int(bank.first[t]), int(bank.first[t] + bank.rank[t]))
+    return bank.V[atoms].T @ bank.U[atoms], bank.b_V[atoms] @ bank.U[atoms]
+
+
+def transformed(bank: TransformGroup, x: Tensor, codes: Tensor) -> Tensor:
+    """Every transform on its own."""
+    total = torch.zeros(len(x), bank.d_write, dtype=x.dtype)
+    for t in range(bank.n_features):
+        M, shift = matrix(bank, t)
+        total = total + codes[:, [t]] * (x @ M - shift)
+    return total
+
+
 def forward(dictionary: SparseDictionary, x: Tensor) -> Tensor:
     """Every group writes every one of its sites by a dense product of its own."""
     spec = dictionary.spec
@@ -165,6 +184,12 @@ def forward(dictionary: SparseDictionary, x: Tensor) -> Tensor:
     for site, span in dictionary.write_layout.spans.items():
         written[str(site)] = dictionary.b_dec[span].expand(len(x), -1)
     for group, bank, codes in zip(spec.groups, dictionary.banks, encode(dictionary, x), strict=True):
+        if isinstance(bank, TransformGroup):
+            (site,) = map(str, group.writes)
+            written[site] = written[site] + transformed(bank, x[:, bank.reads], codes)
+            if bank.W_skip is not None:
+                written[site] = written[site] + x[:, bank.reads] @ bank.W_skip
+            continue
         start = 0
         for site, block in decoder_rows(dictionary, group).items():
             written[site] = written[site] + codes @ block
