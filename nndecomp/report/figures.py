@@ -124,7 +124,7 @@ def _panel(panel: Axes, points: Sequence[Result], axis: str, metric: str, label_
     panel.set_xscale("log")
     panel.set_xlabel(style.AXES[axis])
     _scale_y(panel, values, [end for e in estimates for end in (e.low, e.high)])
-    _plain_ticks(panel)
+    plain_ticks(panel)
     heights = {
         name: panel.transLimits.transform(panel.transScale.transform((1, y)))[1] for name, y in references.items()
     }
@@ -162,7 +162,7 @@ def _scale_y(panel: Axes, values: Sequence[float], ends: Sequence[float]) -> Non
         panel.set_ylim(0, max(reach) * 1.12)
 
 
-def _plain_ticks(panel: Axes) -> None:
+def plain_ticks(panel: Axes) -> None:
     """1, 2, 5, 10, ... rather than powers of ten; thousands as 2k, 5M."""
     for axis, scale in ((panel.xaxis, panel.get_xscale()), (panel.yaxis, panel.get_yscale())):
         match scale:
