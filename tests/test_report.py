@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from nndecomp.errors import SettingError
 from nndecomp.evaluation.rows import Context, Measurement, join, table, write_rows
-from nndecomp.report import figures, style
+from nndecomp.report import figures, presets, style
 from nndecomp.report.collect import collect, find_runs
 from nndecomp.report.tables import comma_separated, markdown, notices, summary, terminal, wide
 
@@ -156,6 +156,19 @@ def test_figures_show_every_point_and_nothing_leaves_the_canvas(draw):
     for text in [*panel.texts, *(text for legend in figure.legends for text in legend.get_texts())]:
         box = text.get_window_extent()
         assert canvas.x0 <= box.x0 and box.x1 <= canvas.x1, f"{text.get_text()!r} leaves the figure"
+
+
+def test_presets_are_shown_by_their_names():
+    rows = grid()
+    rows["name"] = rows.architecture.str.cat(rows.k.map(str), sep=" ")
+    figure = presets.figure(rows)
+    drawn(figure)
+    names, clean = list(dict.fromkeys(rows.name)), wide(rows).query("inputs == 'clean'")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    for panel, column in zip(figure.axes, presets.METRICS, strict=True):
+        shown = [y for line in panel.lines for y in line.get_ydata()]
+        assert shown == pytest.approx(clean[column].tolist())
+        assert len({(line.get_color(), line.get_marker()) for line in panel.lines}) == len(names)
 
 
 def test_legend_and_data_do_not_overlap():

@@ -14,10 +14,12 @@ from nndecomp.run import experiment
 @experiment("exp_004_train_presets", trains=True)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
+    from nndecomp.report import presets, style
 
     target = build.target(cfg)
     dictionaries = build.trained(cfg, target, out)
     rows = build.measured(cfg, target, {name: [each] for name, each in dictionaries.items()}, out.name)
+    style.save(presets.figure(rows), out / "figures", "presets")
     return build.reported(rows, out)
 
 
