@@ -141,7 +141,8 @@ def inputs(made: SparseDictionary, n_tokens: int = 40, seed: int = 1) -> Tensor:
 
 
 def row_layout(made: SparseDictionary) -> Layout:
-    return Layout.of({site: made.spec.widths[site] for site in {*made.reads, *made.writes}})
+    widths = made.spec.widths
+    return Layout.of({site: widths[site] for site in {*made.reads, *made.writes}})
 
 
 def objective(seed: int = 0, scales: dict[Site, float] | None = None, **settings: Any) -> DictionaryObjective:

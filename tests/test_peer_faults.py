@@ -133,7 +133,7 @@ COVERED = {
         "test_decompositions_contract.py::test_saving_and_loading_keeps_every_bit"
     ),
     "LMS: folding the scales in changes what JumpReLU, crosscoders and cross-layer top-k compute (B4)": (
-        "test_decompositions_contract.py::test_folding_the_scales_in_changes_units_and_nothing_else"
+        "test_fold.py::test_folding_changes_units_and_nothing_else"
     ),
     "CLT: a standardiser that is not saved: what was trained cannot be run on raw activations": (
         "test_decompositions_contract.py::test_a_finished_dictionary_equals_the_one_in_training_on_raw_rows"
