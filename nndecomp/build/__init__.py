@@ -3,7 +3,7 @@
 settings -> target -> tokens -> stream of rows -> objectives -> trained dictionaries -> measurements
 """
 
-from nndecomp.build.comparing import Compared, compared, reported_difference
+from nndecomp.build.comparing import Compared, activity, compared, reported_activity, reported_difference
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
 from nndecomp.build.measuring import Heldout, baselines, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
@@ -17,12 +17,13 @@ from nndecomp.build.settings import (
     device,
     trainable,
 )
-from nndecomp.build.training import looking, trained
+from nndecomp.build.training import looking, trained, untrained
 
 __all__ = [
     "Compared",
     "Heldout",
     "Member",
+    "activity",
     "baselines",
     "check",
     "check_length",
@@ -40,6 +41,7 @@ __all__ = [
     "recovered",
     "recovery_rows",
     "reported",
+    "reported_activity",
     "reported_difference",
     "scales",
     "scores",
@@ -51,5 +53,6 @@ __all__ = [
     "trainable",
     "trained",
     "truth",
+    "untrained",
     "world",
 ]

@@ -23,7 +23,7 @@ from nndecomp.training.end_to_end import EndToEndObjective
 from nndecomp.training.log import Log
 from nndecomp.training.loop import train
 from nndecomp.training.state import saved_steps
-from nndecomp.types import Site
+from nndecomp.types import Layout, Site
 
 
 def trained(
@@ -36,18 +36,9 @@ def trained(
     members = trainable(cfg) if members is None else members
     if cfg.activations.kind is not ActivationsKind.synthetic:
         heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
-    dictionaries = {
-        name: build_dictionary(each.config, target.shape, each.seed, target.device, target.name)
-        for name, each in members.items()
-    }
-    sites = sorted({site for each in dictionaries.values() for site in (*each.reads, *each.writes)})
+    local, sites = _untrained(cfg, target, members)
     through = is_end_to_end(members)
     rows = sequences(cfg, target, sites, members) if through else stream(cfg, target, sites)
-    site_scale = scales(cfg, target, sites)
-    local = {
-        name: DictionaryObjective(each, members[name].config, rows.layout, site_scale)
-        for name, each in dictionaries.items()
-    }
     objectives = {name: EndToEndObjective(each, target) for name, each in local.items()} if through else local
     if not saved_steps(out / "checkpoint"):
         begin(cfg, target, local, members, sites)
@@ -58,6 +49,30 @@ def trained(
     for name, dictionary in finished.items():
         dictionary.save_pretrained(out / "decompositions" / name)
     return finished
+
+
+def untrained(cfg: RunConfig, target: Target) -> dict[str, SparseDictionary]:
+    """What training starts from, before its first step."""
+    members = trainable(cfg)
+    objectives, sites = _untrained(cfg, target, members)
+    begin(cfg, target, objectives, members, sites)
+    return {name: objective.finished() for name, objective in objectives.items()}
+
+
+def _untrained(
+    cfg: RunConfig, target: Target, members: Mapping[str, Member]
+) -> tuple[dict[str, DictionaryObjective], list[Site]]:
+    """Objectives, and the sites of the rows that they take."""
+    dictionaries = {
+        name: build_dictionary(each.config, target.shape, each.seed, target.device, target.name)
+        for name, each in members.items()
+    }
+    sites = sorted({site for each in dictionaries.values() for site in (*each.reads, *each.writes)})
+    layout = Layout.of({site: target.shape.width(site) for site in sites})
+    scale = scales(cfg, target, sites)
+    return {
+        name: DictionaryObjective(each, members[name].config, layout, scale) for name, each in dictionaries.items()
+    }, sites
 
 
 def begin(

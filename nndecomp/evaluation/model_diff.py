@@ -177,7 +177,25 @@ class Blocks:
         return pandas.DataFrame([row | fvus for row in rows])
 
 
+def group_activity(dictionary: SparseDictionary, codes: Iterable[Codes]) -> "DataFrame":
+    """Alive features, firing rate and l0 of each group, by the codes of some tokens."""
+    import pandas
+
+    n, firings = 0, [torch.zeros(bank.n_features, dtype=torch.int64) for bank in dictionary.banks]
+    for each in codes:
+        n += each.n_tokens
+        for total, own in zip(firings, each.firings(), strict=True):
+            total += own.cpu()
+    names = [group.name for group in dictionary.spec.groups]
+    return pandas.DataFrame([_active(name, own.double() / n) for name, own in zip(names, firings, strict=True)])
+
+
 def _block(name: str, fired: Float[Tensor, " feature"], share: float) -> dict[str, object]:
+    # share: of sum over tokens and features of f^2 (|d_A|^2 + |d_B|^2)
+    return _active(name, fired) | {"share_of_size": share}
+
+
+def _active(name: str, fired: Float[Tensor, " feature"]) -> dict[str, object]:
     """alive: active on some token. firing_rate: share of tokens a feature is active on, mean over the alive ones."""
     alive = fired > 0
     return {
@@ -186,7 +204,6 @@ def _block(name: str, fired: Float[Tensor, " feature"], share: float) -> dict[st
         "alive": alive.double().mean().item(),
         "firing_rate": fired[alive].mean().item() if alive.any() else 0.0,
         "l0": fired.sum().item(),
-        "share_of_size": share,  # of sum over tokens and features of f^2 (|d_A|^2 + |d_B|^2)
     }
 
 
