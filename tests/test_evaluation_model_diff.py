@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from decomposition_parts import CPU, SHAPE, config
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from nndecomp.config.schema import Activation, Architecture, CodeNormalisation
@@ -13,7 +14,8 @@ from nndecomp.decompositions.architectures import build_dictionary
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.errors import SettingError
 from nndecomp.evaluation.decoder_pairs import kind_of
-from nndecomp.evaluation.model_diff import ModelDiff, model_diff
+from nndecomp.evaluation.model_diff import ModelDiff, group_activity, model_diff
+from nndecomp.report import group_activity as report
 from nndecomp.targets.pair import PairedShape
 from nndecomp.types import Site
 
@@ -202,3 +204,33 @@ def test_what_is_not_of_two_models_is_refused():
         diff(made, rows(), dict.fromkeys(made.writes, 1.0))
     with pytest.raises(SettingError, match="decoupled gives a feature other codes"):
         diff(crosscoder(code_normalisation=CodeNormalisation.decoupled, activation=Activation.topk, k=2), rows())
+
+
+def test_activity_is_that_of_the_codes_and_needs_no_threshold():
+    """Before its first step a batchtopk dictionary has no threshold, so how it starts is told by its training selection."""
+    made, x = dfc(activation=Activation.batchtopk, k=[1, 2, 1]).train(), rows(40)
+    parts = [made.encode(part) for part in x.split(10)]
+    found = group_activity(made, iter(parts)).set_index("group")
+    assert list(found.index) == ["A", "shared", "B"] and list(found.n_features) == [3, 5, 4]
+    assert found.l0["A"] == found.l0["B"] == pytest.approx(1.0), "k of each group"
+    for g, name in enumerate(found.index):
+        active = torch.cat([codes[g].dense() for codes in parts]) != 0
+        assert found.l0[name] == pytest.approx(float(active.double().sum(1).mean()))
+        fired = active.double().mean(0)
+        assert found.alive[name] == pytest.approx(float((fired > 0).double().mean()))
+        assert found.firing_rate[name] == pytest.approx(float(fired[fired > 0].mean()))
+
+
+def test_the_table_of_activity_has_the_start_and_the_end_of_each_group():
+    made, x = dfc(activation=Activation.batchtopk, k=[1, 2, 1]).train(), rows(40)
+    start = {"made": group_activity(made, [made.encode(x)])}
+    with torch.no_grad():
+        made.banks[2].b_enc.fill_(-100.0)
+    end = {"made": group_activity(made, [made.encode(x)])}
+    table = report.table(start, end).set_index("decomposition")
+    assert table.loc["made B", ["alive at start", "l0 at start"]].tolist()[1] == "1.00"
+    assert table.loc["made B", ["alive at end", "l0 at end"]].tolist() == ["0.0%", "0.00"]
+    (panel,) = report.figure(start, end).axes
+    heights = [bar.get_height() for bar in panel.patches if isinstance(bar, Rectangle)]
+    assert heights[:3] == pytest.approx((100 * start["made"].alive).tolist())
+    assert heights[3:] == pytest.approx((100 * end["made"].alive).tolist()) and heights[5] == 0
