@@ -61,6 +61,15 @@ def test_rules_belong_to_their_layer_and_chains_to_all():
     assert torch.equal(chains.codes != 0, rules.codes[:, :16] != 0)
 
 
+def test_one_layer_is_asked_for_its_own_rules_alone():
+    model = target()
+    own = planted_truth(model, tokens(), sites(2)[2:], chains=False)
+    both = planted_truth(model, tokens(), sites(2), chains=False)
+    assert own.n_features == 16 and {name: len(rules) for name, rules in own.classes.items()} == {"L1": 16}
+    assert torch.equal(own.codes, both.codes[:, 16:])
+    assert all(torch.equal(own.directions[site], both.directions[site][16:]) for site in sites(2)[2:])
+
+
 def test_one_key_sets_off_its_rule_in_every_layer():
     model = target(**CHAIN)
     present = model.rules.present

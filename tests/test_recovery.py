@@ -8,7 +8,8 @@ from truth_parts import IN, OUT, exact, pair, settings, world
 
 from nndecomp.activations.synthetic import World
 from nndecomp.activations.truth import Truth
-from nndecomp.config.schema import Magnitudes
+from nndecomp.config.schema import Magnitudes, Scope
+from nndecomp.decompositions.activation_selecting import AbsTopK
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.evaluation.absorption import absorbed, main_latents
 from nndecomp.evaluation.recovery import Recovery, measurements, recovery
@@ -91,6 +92,20 @@ def test_a_transcoder_is_matched_by_what_it_writes_and_its_encoder_by_what_it_re
     assert found(wrong, of).cosine.min() > 0.999, "its own truth is at its own sites"
 
 
+def test_a_feature_turned_round_counts_where_codes_are_signed():
+    of = truth()
+    dictionary = sae(of)
+    turned = torch.arange(20) % 2 == 0
+    with torch.no_grad():
+        bank = dictionary.banks[0]
+        bank.W_enc[turned] *= -1
+        bank.W_dec[turned] *= -1
+        bank.b_enc.zero_()
+    dictionary.activation = AbsTopK([3], Scope.group)
+    result = found(dictionary, of)
+    assert result.cosine.min() > 0.999 and result.encoder_cosine.min() > 0.999
+
+
 def models() -> tuple[Truth, Site, Site]:
     a, b = Site.parse("A:L0.resid_post"), Site.parse("B:L0.resid_post")
     return World(settings(exclusive=[4, 4], coherence=0.0), pair(), (a, b)).heldout(2000), a, b
@@ -104,12 +119,16 @@ def test_exclusive_features_are_asked_for_in_the_group_of_their_model():
     assert {name: cosine.min().item() > 0.99 for name, cosine in result.in_own_group.items()} == dict.fromkeys(
         ("shared", "A", "B"), True
     )
+    whole = {row.metric: row.value for row in measurements(result) if row.site == "all"}
+    assert whole["recovered_in_own_group"] == 1
     misplaced = exact(
         of, [("A", (a,), (a,), shared[:4]), ("shared", (a, b), (a, b), [*own_a, *own_b]), ("B", (b,), (b,), own_b)]
     )
     lost = found(misplaced, of)
     assert lost.in_own_group["A"].max() < 0.9 < lost.in_own_group["B"].min()
     assert lost.cosine[own_a].min() > 0.99, "found, but not where they belong"
+    whole = {row.metric: row.value for row in measurements(lost) if row.site == "all"}
+    assert whole["recovered_in_own_group"] == 0.5, "B's four of eight"
 
 
 def test_a_feature_at_some_sites_only_is_scored_at_those():

@@ -63,6 +63,11 @@ def test_children_fire_only_with_their_parent_and_one_at_a_time():
     torch.testing.assert_close(active.double().mean(0), firing.frequencies, atol=0.01, rtol=0)
 
 
+def test_parents_and_children_are_classes():
+    of = world(n_features=30, trees=2, children=3, depth=2, l0=4.0).classes
+    assert of["parents"].tolist() == list(range(8)) and of["children"].tolist() == list(range(2, 26))
+
+
 def test_siblings_that_do_not_exclude_each_other_meet():
     free = Firing(settings(trees=2, children=3, child_share=0.5, siblings_exclusive=False))
     assert free.active(N, generator("test"))[:, 2:5].sum(1).max() == 3

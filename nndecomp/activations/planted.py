@@ -16,7 +16,7 @@ from nndecomp.types import Layout, Point, Site
 def planted_truth(
     target: PlantedTarget, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site], chains: bool
 ) -> Truth:
-    """What happens on these tokens. The features are the rules of every layer, or whole chains of them.
+    """What happens on these tokens. The features are the rules of the layers that have a site, or whole chains over all.
 
     A rule's direction is its key where it is read (mlp_in) and what it makes the layer write (mlp_out); a chain has those of
     all its rules. A rule's code is what its layer's neurons make of its key alone: relu((<k, x> - theta) / (1 - theta)) where the
@@ -35,24 +35,23 @@ def planted_truth(
     layout = Layout.of({site: target.shape.width(site) for site in sites})
     recorded = target.record(tokens, layout.sites)
     flat = tokens.flatten().cpu()
-    n_layers, n = rules.n_layers, rules.n_rules
-    codes = torch.stack([_codes(target, layer, flat) for layer in range(n_layers)], 1)  # [token, layer, rule]
+    n = rules.n_rules
+    layers = sorted({site.layer for site in layout.sites})
+    codes = torch.stack([_codes(target, layer, flat) for layer in layers], 1)  # [token, layer, rule]
     zero = torch.zeros(n, layout.widths[0])
     directions = {}
     for site in layout.sites:
         own = rules.keys[site.layer] if site.point is Point.mlp_in else written(target, site.layer)
         # Of rules: their own layer's rows alone. Of chains: one row that goes through all layers.
-        directions[site] = (
-            own if chains else torch.cat([own if layer == site.layer else zero for layer in range(n_layers)])
-        )
+        directions[site] = own if chains else torch.cat([own if layer == site.layer else zero for layer in layers])
     return Truth(
         layout=layout,
         rows=torch.cat([recorded[site].flatten(0, 1).float().cpu() for site in layout.sites], 1),
         codes=codes[:, 0] if chains else codes.flatten(1),
         directions=directions,
         bias={site: torch.zeros(layout.width_of(site)) for site in layout.sites},
-        parents=torch.full((n if chains else n_layers * n,), -1),
-        classes={} if chains else {f"L{layer}": layer * n + torch.arange(n) for layer in range(n_layers)},
+        parents=torch.full((n if chains else len(layers) * n,), -1),
+        classes={} if chains else {f"L{layer}": i * n + torch.arange(n) for i, layer in enumerate(layers)},
     )
 
 

@@ -40,6 +40,9 @@ class World:
         if len(shape.models) == 2:
             edges = {"shared": (0, first_a), "A": (first_a, first_b), "B": (first_b, n)}
             self.classes = {name: torch.arange(*edge) for name, edge in edges.items() if edge[0] < edge[1]}
+        if cfg.trees:
+            parents = self.firing.parents
+            self.classes |= {"parents": parents[parents >= 0].unique(), "children": (parents >= 0).nonzero()[:, 0]}
         self.directions = {
             site: self._strengths(site)[:, None] * self._unit_directions(site) for site in self.layout.sites
         }

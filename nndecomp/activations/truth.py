@@ -13,7 +13,8 @@ from nndecomp.types import Layout, Site
 class Truth:
     """A sample of rows, and the features or rules that made them.
 
-    classes   features that belong together, by a name: those of one layer ("L2"), of one model ("A", "shared", "B")
+    classes   features that belong together, by a name: those of one layer ("L2"), of one model ("A", "shared", "B"),
+              those that have children and those that are some ("parents", "children")
     parents   of each feature the one without which it never fires; -1 for none
     """
 

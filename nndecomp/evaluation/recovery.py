@@ -8,6 +8,7 @@ feature without a partner counts as 0 everywhere. So all means are over true fea
                         share of true features whose partner is above 0.9, 0.95; of one site: that site's columns alone
     matched_cosine_null the same for random rows of the found rows' second moment
     encoder_cosine      of the pair's encoder row and the true feature's direction where it is read
+    recovered_in_own_group  of features of one model alone: share whose best partner in that model's own group is above 0.9
     uniqueness          distinct best true features of the found ones that fire / those found
     precision recall    of "the found feature fires" as a guess at "the true feature fires"; f1 their harmonic mean
     shrinkage           1 - mean of (found magnitude / true magnitude) where both fire; magnitude is code times row norm
@@ -71,15 +72,17 @@ def recovery(decomposition: Decomposition, truth: Truth, seed: int) -> Recovery:
         _directions(truth, each) for each in (decomposition.write_layout, decomposition.read_layout)
     )
     fires, alive = codes != 0, (codes != 0).any(0)
-    # Signed codes make d and -d the same feature.
-    cosine = cosines(true_writes, found.decoder, absolute=bool((codes < 0).any()))
+    # Signed codes make d and -d the same feature, and its encoder row the same as minus it.
+    signed = bool((codes < 0).any())
+    cosine = cosines(true_writes, found.decoder, absolute=signed)
     cosine[:, ~alive] = 0
     partner, matched = _partners(match(cosine.clamp(min=0)), truth.n_features)
     firing = _firing(truth.codes != 0, fires, partner)
+    encoder = _paired(true_reads, found.encoder, partner)
     return Recovery(
         partner=partner,
         cosine=matched,
-        encoder_cosine=_paired(true_reads, found.encoder, partner),
+        encoder_cosine=encoder.abs() if signed else encoder,
         site_cosine=_site_cosines(true_writes, found, partner, decomposition.write_layout),
         precision=firing[0],
         recall=firing[1],
@@ -213,6 +216,9 @@ def measurements(of: Recovery) -> Iterator[Measurement]:
         yield row("f1", of.f1[own].nanmean().item(), "share", name)
     for name, cosine in of.in_own_group.items():
         yield row("recovered_in_own_group", (cosine > 0.9).double().mean().item(), "share", name)
+    exclusive = [of.in_own_group[name] for name in ("A", "B") if name in of.in_own_group]
+    if exclusive:
+        yield row("recovered_in_own_group", (torch.cat(exclusive) > 0.9).double().mean().item(), "share")
     if of.absorption is not None:
         yield row("absorption", of.absorption.fraction, "share")
         yield row("full_absorption", of.absorption.full, "share")
