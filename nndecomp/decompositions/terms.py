@@ -68,7 +68,7 @@ def pre_activation(batch: Batch, dead: Bool[Tensor, "all_features"]) -> Float[Te
         mixed = (cfg.mixed_weights[0], cfg.mixed_weights[1])
         weights = [bank.scale(cfg.penalty_normalisation, mixed) for bank in banks]
     if cfg.pre_activation_loss is PreActivationLoss.dead:
-        mask = dead.split([bank.n_features for bank in banks])
+        mask = dead.to(batch.y.dtype).split([bank.n_features for bank in banks])
         weights = [own if weight is None else own * weight for own, weight in zip(mask, weights, strict=True)]
     pres, scales = batch.encoding.pres, batch.encoding.scales
     assert pres is not None, f"pre_activation_loss with {type(activation).__name__}"
