@@ -6,19 +6,18 @@ each cell, so that any two choices meet somewhere in the matrix.
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from decomposition_parts import ACTIVATIONS, ARCHITECTURES, BOTH_MODELS, F, K, PURSUIT, fits
+from decomposition_parts import ACTIVATIONS, ARCHITECTURES, BOTH_MODELS, PURSUIT, F, K, fits
 
 from nndecomp.build.end_to_end import check_wiring
 from nndecomp.build.members import Member
 from nndecomp.config.schema import (
-    Activation,
     Architecture,
     CodeNormalisation,
     Dead,
@@ -58,7 +57,9 @@ def _penalty(kind: Penalty, coefficient: float, **more: Any) -> dict[str, Any]:
 
 
 def _end_to_end(kind: EndToEnd, sites: Together) -> dict[str, Any]:
-    return {"end_to_end": kind, "end_to_end_coefficient": 1.0, "end_to_end_sites": sites}
+    # Of few tokens, the cross-entropy depends more on which they are than on the dictionary.
+    coefficient = {EndToEnd.kl: 1.0, EndToEnd.ce: 0.1}[kind]
+    return {"end_to_end": kind, "end_to_end_coefficient": coefficient, "end_to_end_sites": sites}
 
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -88,7 +89,7 @@ CHOICES: dict[str, list[dict[str, Any]]] = {
         {"jumprelu_gradient": gradient, "jumprelu_log_threshold": log, "threshold_lr": 0.3}
         for gradient, log in zip(JumpReluGradient, (False, True, True), strict=True)
     ],
-    "k": [{}, {"k_start": 12, "k_anneal": 0.5}],
+    "k": [{}, {"k_start": 6, "k_anneal": 0.2}],
     "dead": [
         {"dead": Dead.none},
         {"dead": Dead.aux_k, "aux_k": 4},
@@ -139,8 +140,9 @@ class Planned:
     refused: list[str]  # what was said to choices that do not go with the rest
 
 
-def cells(losses: dict[str, dict[str, Any]]) -> Iterator[Cell]:
-    return (Cell(*names) for names in product(ALL_ARCHITECTURES, ALL_ACTIVATIONS, losses))
+def cells(losses: Iterable[str], *architectures: str) -> Iterator[Cell]:
+    """Of all architectures, or of some."""
+    return (Cell(*names) for names in product(architectures or ALL_ARCHITECTURES, ALL_ACTIVATIONS, losses))
 
 
 def sensible(cell: Cell) -> bool:
@@ -151,11 +153,13 @@ def sensible(cell: Cell) -> bool:
     whole = wiring["architecture"] in (Architecture.crosscoder, Architecture.dedicated_feature_crosscoder)
     joint = cell.activation == "matching_pursuit" and wiring["architecture"] is Architecture.causal_crosscoder
     at_once = cell.loss in ("kl_all", "ce_all")
+    transforms = wiring["architecture"] is Architecture.molt  # which are not rows of a decoder
     return (
         fits(_LIKE.get(cell.architecture, cell.architecture), cell.activation)
         and not (cell.loss in ("l0", "l0_target") and cell.activation != "jumprelu")
         and not (cell.loss.startswith("pre_activation") and selects)
         and not (at_once and (whole or joint))
+        and not (transforms and cell.loss == "matryoshka")
     )
 
 

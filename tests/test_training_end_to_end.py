@@ -31,6 +31,8 @@ from nndecomp.decompositions.architectures import build_dictionary
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.objective import DictionaryObjective
 from nndecomp.errors import SettingError
+from nndecomp.targets.base import Target
+from nndecomp.targets.pair import PairedTarget
 from nndecomp.training import end_to_end
 from nndecomp.training.clean_sequences import CleanBatch, CleanSequences
 from nndecomp.training.end_to_end import EndToEndObjective, cross_entropy, kl_divergence
@@ -63,7 +65,7 @@ class SameText:
         self.n = state["n"]
 
 
-def objective(target: ToyTarget, scale: float = 2.0, **settings: Any) -> EndToEndObjective:
+def objective(target: Target, scale: float = 2.0, **settings: Any) -> EndToEndObjective:
     settings = {"n_features": 24, "end_to_end": EndToEnd.kl, "end_to_end_coefficient": 1.0} | settings
     cfg = config(**settings)
     made = build_dictionary(cfg, target.shape, 0, CPU, "toy")
@@ -78,7 +80,7 @@ def scales(made: SparseDictionary, scale: float) -> dict[Site, float]:
     return {site: scale + 0.1 * i for i, site in enumerate(sorted({*made.reads, *made.writes}))}
 
 
-def stream(target: ToyTarget, made: SparseDictionary, logits: bool = True) -> CleanSequences:
+def stream(target: Target, made: SparseDictionary, logits: bool = True) -> CleanSequences:
     sites = sorted({*made.reads, *made.writes})
     return CleanSequences(target, SameText(), sites, ACTIVATIONS, batch_seqs=6, seq_len=12, logits=logits)
 
@@ -121,6 +123,29 @@ def gradients(made: EndToEndObjective, loss: Tensor) -> dict[str, Tensor]:
     made.zero_grad()
     loss.backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in made.named_parameters()}
+
+
+@BOTH
+def test_of_two_models_each_ones_own_predictions_are_damaged(kind: EndToEnd):
+    """And learnt from, by the features that are read in it."""
+    both = ["A:mlp_out", "B:mlp_out"]
+    pair = PairedTarget(ToyTarget(N_LAYERS), ToyTarget(2))
+    made = objective(pair, architecture=Architecture.per_layer_sae, reads=both, writes=both, end_to_end=kind)
+    batch = batch_of(made)
+    counts, each = batch.predicts, []
+    with pair.patch(made._replacements(batch)):
+        patched = {model: pair.predicting(model).logits(batch.tokens) for model in pair.pair}
+    for model, alone in pair.pair.items():
+        assert torch.equal(batch.logits[model], alone.logits(batch.tokens))
+        p, q = (logits.log_softmax(-1)[:, :-1] for logits in (batch.logits[model], patched[model]))
+        if kind is EndToEnd.kl:
+            each.append((p.exp() * (p - q)).sum(-1)[counts].mean())
+        else:
+            each.append(-q.gather(-1, batch.tokens[:, 1:, None])[..., 0][counts].mean())
+    damage = made.damage(batch)
+    torch.testing.assert_close(damage, torch.stack(each).mean())
+    learnt = gradients(made, damage)
+    assert all(learnt[f"local.dictionary.groups.{g}.W_dec"].any() for g in range(N_LAYERS + 2))
 
 
 @BOTH
@@ -179,8 +204,8 @@ def test_nothing_that_is_not_kept_is_replaced():
     batch = batch_of(made)
     with torch.no_grad(), made.target.patch(made._replacements(batch)):
         patched = made.target.logits(batch.tokens)
-    assert batch.logits is not None
-    assert torch.equal(patched[:, 0], batch.logits[:, 0]) and not torch.equal(patched[:, 1], batch.logits[:, 1])
+    clean = batch.logits[None]
+    assert torch.equal(patched[:, 0], clean[:, 0]) and not torch.equal(patched[:, 1], clean[:, 1])
 
 
 def test_chunks_change_neither_the_loss_nor_its_gradient(monkeypatch: pytest.MonkeyPatch):
@@ -255,7 +280,7 @@ def test_in_training_batchtopk_keeps_k_of_each_group_on_average_inside_the_patch
 def test_without_predictions_the_clean_pass_gives_the_same_rows():
     made = objective(ToyTarget(N_LAYERS))
     whole, part = (stream(made.target, made.dictionary, logits).next_batch() for logits in (True, False))  # pyright: ignore[reportArgumentType]
-    assert torch.equal(whole.clean, part.clean) and part.logits is None
+    assert torch.equal(whole.clean, part.clean) and part.logits == {}
     batch, keep = text_batch()
     assert len(whole.clean) == int(keep.sum()) and whole.n_predictions == int((batch.mask[:, 1:]).sum())
 

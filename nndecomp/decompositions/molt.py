@@ -32,8 +32,8 @@ class TransformGroup(Group):
     def make_decoder(self, spec: GroupSpec, whole: DictionarySpec) -> None:
         assert sum(count for _, count in spec.ranks) == spec.n_features, f"{spec.ranks} of {spec.n_features} transforms"
         self.ranks = spec.ranks
+        n_atoms = sum(rank * count for rank, count in spec.ranks)
         rank = torch.cat([torch.full((count,), rank) for rank, count in spec.ranks])
-        n_atoms = int(rank.sum())
         self.V = nn.Parameter(torch.zeros(n_atoms, self.d_read))
         self.U = nn.Parameter(torch.zeros(n_atoms, self.d_write))
         self.register_buffer("b_V", torch.zeros(n_atoms))

@@ -25,13 +25,13 @@ class CleanBatch(Sequences):
     clean: Float[Tensor, "token width"]  # activations of the kept positions, at the sites of the stream's layout
     predicts: Bool[Tensor, "batch pos-1"]  # predictions of a real token
     n_predictions: int
-    logits: Float[Tensor, "batch pos vocab"] | None  # None where no objective asks for them
+    logits: dict[str | None, Float[Tensor, "batch pos vocab"]]  # of each model; empty where no objective asks for them
 
 
 class CleanSequences:
     """Batches of `batch_seqs` sequences and one clean forward pass of each. Its state is the token stream's state.
 
-    logits: whether predictions are wanted; without them the pass stops after the last site.
+    logits: whether predictions are wanted, of every model that has sites; without them the pass stops after the last site.
     """
 
     def __init__(
@@ -63,12 +63,15 @@ class CleanSequences:
         return CleanBatch(tokens, index, rows, predicts, n_predictions, logits)
 
     @torch.no_grad()
-    def _clean(self, batch: Sequences) -> tuple[Float[Tensor, "token width"], Float[Tensor, "batch pos vocab"] | None]:
+    def _clean(
+        self, batch: Sequences
+    ) -> tuple[Float[Tensor, "token width"], dict[str | None, Float[Tensor, "batch pos vocab"]]]:
         rows: dict[Site, Tensor] = {}
-        logits = None
+        logits = {}
         if self.logits:
             with self.target.patch({site: _keeping(site, batch, rows) for site in self.layout.sites}):
-                logits = self.target.logits(batch.tokens)
+                for model in dict.fromkeys(site.model for site in self.layout.sites):
+                    logits[model] = self.target.predicting(model).logits(batch.tokens)
         else:
             rows = {site: batch.rows(v) for site, v in self.target.record(batch.tokens, self.layout.sites).items()}
         return torch.cat([rows[site] for site in self.layout.sites], 1), logits

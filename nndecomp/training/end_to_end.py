@@ -6,8 +6,8 @@
     damage, ce   mean over predictions of -log Q(next token)  reconstructions in place; nats
 
 Gradients reach the dictionary through the frozen target (Braun et al. 2024, arXiv 2405.12241, eq. 3, who patch one site;
-with all sites at once it is the loss of the replacement model). The local loss, and with it what is counted as firing,
-is that of the clean activations of the same batch.
+with all sites at once it is the loss of the replacement model). Of two models, each one's own predictions are meant. The
+local loss, and with it what is counted as firing, is that of the clean activations of the same batch.
 """
 
 from collections.abc import Sequence
@@ -134,19 +134,25 @@ class EndToEndObjective(nn.Module):
         return loss, {**terms, **own}
 
     def damage(self, batch: CleanBatch) -> Float[Tensor, ""]:
-        """Nats a prediction; see the top of the file."""
-        with self.target.patch(self._replacements(batch)):
-            patched = self.target.logits(batch.tokens).flatten(0, 1)
+        """Nats a prediction, mean over the models that are patched; see the top of the file."""
+        replacements = self._replacements(batch)
+        models = list(dict.fromkeys(site.model for site in replacements))
+        with self.target.patch(replacements):
+            patched = {model: self.target.predicting(model).logits(batch.tokens).flatten(0, 1) for model in models}
         # The last position of a sequence predicts nothing that is known: its weight is 0.
         weights = F.pad(batch.predicts.float(), (0, 1)).flatten() / batch.n_predictions
         match self.cfg.end_to_end:
             case EndToEnd.kl:
-                assert batch.logits is not None, "the divergence from clean predictions needs the clean logits"
-                return kl_divergence(batch.logits.flatten(0, 1), patched, weights)
+                assert batch.logits.keys() >= set(models), (
+                    "the divergence from clean predictions needs the clean logits"
+                )
+                each = [kl_divergence(batch.logits[model].flatten(0, 1), patched[model], weights) for model in models]
             case EndToEnd.ce:
-                return cross_entropy(patched, F.pad(batch.tokens[:, 1:], (0, 1)).flatten(), weights)
+                following = F.pad(batch.tokens[:, 1:], (0, 1)).flatten()
+                each = [cross_entropy(patched[model], following, weights) for model in models]
             case EndToEnd.none:
                 raise AssertionError("no damage is asked for")
+        return torch.stack(each).mean()
 
     def _replacements(self, batch: CleanBatch) -> dict[Site, Replace]:
         dictionary = self.dictionary
