@@ -39,6 +39,7 @@ from nndecomp.config.schema import (
 )
 from nndecomp.decompositions import losses
 from nndecomp.decompositions.activation_pointwise import JumpRelu
+from nndecomp.decompositions.molt import TransformGroup
 from nndecomp.errors import SettingError
 from nndecomp.training.loop import Trainee
 
@@ -264,6 +265,8 @@ def test_every_weight_starts_finite_and_encoders_of_all_groups_alike(architectur
     assert all(parameter.isfinite().all() for parameter in made.parameters())
     for bank in made.banks:
         torch.testing.assert_close(bank.W_enc.norm(dim=1), torch.ones(bank.n_features))
+        if isinstance(bank, TransformGroup):  # its norms are those of products of random matrices
+            continue
         assert bank.W_dec.norm(dim=1).std() < 1e-5 < bank.W_dec.norm(dim=1).min(), "decoder rows start with one norm"
 
 

@@ -4,7 +4,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from decomposition_parts import ACTIVATIONS, ARCHITECTURES, N_LAYERS, SHAPE, D, F, config, dictionary, shape_of
+from decomposition_parts import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    GRID,
+    N_LAYERS,
+    PURSUIT,
+    SHAPE,
+    D,
+    F,
+    config,
+    dictionary,
+    shape_of,
+)
 
 from nndecomp.config.schema import Architecture
 from nndecomp.decompositions.sizes import n_features_for, n_parameters
@@ -20,10 +32,9 @@ def test_parameters_are_counted_as_by_hand():
     assert n_parameters(replace(clt, skip=True), SHAPE) == n_parameters(clt, SHAPE) + BLOCKS * D * D
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "activation"), GRID)
 def test_parameters_are_those_of_the_dictionary_that_is_built(architecture: str, activation: str):
-    settings: dict[str, Any] = ARCHITECTURES[architecture] | ACTIVATIONS[activation]
+    settings: dict[str, Any] = ARCHITECTURES[architecture] | (ACTIVATIONS | PURSUIT)[activation]
     built = sum(parameter.numel() for parameter in dictionary(**settings).parameters())
     assert n_parameters(config(**settings), shape_of(settings)) == built
 

@@ -27,7 +27,6 @@ from nndecomp.config.molt_lorsa_checks import RANKS, check_molt_and_lorsa
 from nndecomp.config.training import Optimizer
 
 SELECTING = (Activation.topk, Activation.abs_topk, Activation.batchtopk, Activation.matching_pursuit)
-CROSSCODERS = (Architecture.crosscoder, Architecture.causal_crosscoder, Architecture.dedicated_feature_crosscoder)
 
 
 @dataclass(kw_only=True)
@@ -39,7 +38,7 @@ class DecompositionConfig:
     reads: list[str]
     writes: list[str]
     layers: list[int] | None = None  # null: all layers of the target
-    n_features: int  # in each group; dedicated_feature_crosscoder: in the shared group
+    n_features: int  # in each group; dedicated_feature_crosscoder: in the shared group, which may have none
     n_exclusive: list[int] | None = None  # dedicated_feature_crosscoder: features of A alone, of B alone
     skip: bool = False  # add a linear map from what a group reads to what it writes
     # --- molt: transforms of low rank; a code multiplies (x V) U ---
@@ -171,10 +170,15 @@ class DecompositionConfig:
             "write a positive one, or jumprelu_log_threshold=false",
         )
         require(
-            CodeNormalisation.decoupled not in (self.code_normalisation, self.penalty_normalisation)
-            or self.architecture in CROSSCODERS,
-            f"decomposition.code_normalisation=decoupled is for crosscoders, whose features write several sites, "
-            f"not for decomposition.architecture={self.architecture.value}",
+            self.code_normalisation is not CodeNormalisation.decoupled or self.architecture is Architecture.crosscoder,
+            f"decomposition.code_normalisation=decoupled is for decomposition.architecture=crosscoder, whose features "
+            f"write all sites, not for {self.architecture.value}; write sae",
+        )
+        require(
+            self.penalty_normalisation is not CodeNormalisation.decoupled
+            or self.code_normalisation is CodeNormalisation.decoupled,
+            "decomposition.penalty_normalisation=decoupled needs codes of each site on its own, "
+            "decomposition.code_normalisation=decoupled; of one code for all sites write sae or crosscoder",
         )
         require(
             (self.architecture is Architecture.dedicated_feature_crosscoder) == (self.n_exclusive is not None),

@@ -26,7 +26,16 @@ Settings = Any
 def check_k(cfg: Settings) -> None:
     """Whether k fits the activation function, and the number of features."""
     whole = lambda k: isinstance(k, int) and not isinstance(k, bool)  # noqa: E731
-    require(cfg.n_features > 0, f"decomposition.n_features={cfg.n_features} must be positive")
+    require(
+        cfg.n_exclusive is None or (len(cfg.n_exclusive) == 2 and all(n >= 0 for n in cfg.n_exclusive)),
+        f"decomposition.n_exclusive={cfg.n_exclusive} must be two whole numbers: features of A alone, of B alone",
+    )
+    # A dedicated-feature crosscoder may do without shared features. Whether k fits each group is checked with the wiring.
+    largest = max([cfg.n_features, *(cfg.n_exclusive or [])])
+    require(
+        cfg.n_features > 0 or (cfg.n_features == 0 and largest > 0),
+        f"decomposition.n_features={cfg.n_features} must be positive",
+    )
     if not cfg.selects:
         require(
             cfg.k is None,
@@ -42,8 +51,13 @@ def check_k(cfg: Settings) -> None:
     )
     for k in [*cfg.ks, *([] if cfg.k_start is None else [cfg.k_start])]:
         require(
-            0 < k <= cfg.n_features,
-            f"decomposition.k={k} must lie between 1 and decomposition.n_features={cfg.n_features}",
+            0 < k <= largest,
+            f"decomposition.k={k} must lie between 1 and "
+            + (
+                f"the {largest} features of the largest group"
+                if cfg.n_exclusive
+                else f"decomposition.n_features={largest}"
+            ),
         )
     require(
         (cfg.k_start is None) == (cfg.k_anneal == 0),
@@ -146,7 +160,7 @@ def check_ranges(cfg: Settings) -> None:
             len(shares) > 0 and all(share > 0 for share in shares) and abs(sum(shares) - 1) < 1e-6,
             f"decomposition.matryoshka={shares} must be positive shares that add to 1",
         )
-        for n in [cfg.n_features, *(n for n in cfg.n_exclusive or [] if n > 0)]:
+        for n in (n for n in [cfg.n_features, *(cfg.n_exclusive or [])] if n > 0):
             require(
                 min(shares) * n >= 1,
                 f"decomposition.matryoshka={shares} leaves a block of {n} features empty; "
@@ -162,10 +176,6 @@ def check_ranges(cfg: Settings) -> None:
     require(
         cfg.betas is None or (len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas)),
         f"decomposition.betas={cfg.betas} must be two numbers from 0 up to 1, or null",
-    )
-    require(
-        cfg.n_exclusive is None or (len(cfg.n_exclusive) == 2 and all(n >= 0 for n in cfg.n_exclusive)),
-        f"decomposition.n_exclusive={cfg.n_exclusive} must be two whole numbers: features of A alone, of B alone",
     )
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from nndecomp.config.schema import Architecture, DecompositionConfig
+from nndecomp.config.schema import Architecture, DecompositionConfig, Scope
 from nndecomp.decompositions.groups import SparseDictionary
-from nndecomp.decompositions.initial import initial_decoder_norm, randomise
+from nndecomp.decompositions.initial import compare_fairly, initial_decoder_norm, randomise
 from nndecomp.decompositions.spec import ActivationSpec, DictionarySpec
 from nndecomp.decompositions.wiring import wire
 from nndecomp.targets.base import Shape
@@ -48,4 +48,6 @@ def build_dictionary(
     """
     dictionary = SparseDictionary(dictionary_spec(cfg, shape, target))
     randomise(dictionary, seed, initial_decoder_norm(cfg), cfg.tied)
+    if cfg.architecture is Architecture.dedicated_feature_crosscoder and not (cfg.selects and cfg.scope is Scope.group):
+        compare_fairly(dictionary)
     return dictionary.to(device)

@@ -68,6 +68,17 @@ def randomise(dictionary: SparseDictionary, seed: int, decoder_norm: float, tied
         bank.W_dec.copy_(decoder_norm * torch.cat(columns, 1))
 
 
+@torch.no_grad()
+def compare_fairly(dictionary: SparseDictionary) -> None:
+    """Encoder rows longer where c is smaller, so that z c starts with the same variance in all groups.
+
+    c by sums of decoder norms is smaller for features that write fewer sites, which would never win against the others.
+    """
+    c = [1.0 if (own := dictionary.scale(g)) is None else float(own.mean()) for g in range(len(dictionary.banks))]
+    for bank, own in zip(dictionary.banks, c, strict=True):
+        bank.W_enc.mul_(max(c) / own)
+
+
 def read_columns(dictionary: SparseDictionary, spec: GroupSpec) -> slice:
     """Which of the columns that a tied group reads stand for those it writes: the same sites, or else all."""
     if not set(spec.writes) <= set(spec.reads):

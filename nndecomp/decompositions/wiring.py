@@ -271,10 +271,11 @@ def _k_of(cfg: DecompositionConfig, groups: Sequence[GroupSpec]) -> tuple[int, .
         )
     ks = cfg.ks if isinstance(cfg.k, list) else cfg.ks * len(groups)
     for k, group in zip(ks, groups, strict=True):
-        require(
-            k <= group.n_features,
-            f"decomposition.k={k} is more than the {group.n_features} features of group {group.name}",
-        )
+        for name, n in (("k", k), *([] if cfg.k_start is None else [("k_start", cfg.k_start)])):
+            require(
+                n <= group.n_features,
+                f"decomposition.{name}={n} is more than the {group.n_features} features of group {group.name}",
+            )
     return tuple(ks)
 
 
