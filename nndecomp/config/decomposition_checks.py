@@ -31,7 +31,8 @@ def check_k(cfg: Settings) -> None:
         f"decomposition.n_exclusive={cfg.n_exclusive} must be two whole numbers: features of A alone, of B alone",
     )
     # A dedicated-feature crosscoder may do without shared features. Whether k fits each group is checked with the wiring.
-    largest = max([cfg.n_features, *(cfg.n_exclusive or [])])
+    sizes: list[int] = [cfg.n_features, *(cfg.n_exclusive or [])]
+    largest = max(sizes)
     require(
         cfg.n_features > 0 or (cfg.n_features == 0 and largest > 0),
         f"decomposition.n_features={cfg.n_features} must be positive",

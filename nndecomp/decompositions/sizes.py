@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from nndecomp.config.schema import DecompositionConfig
+from nndecomp.config.schema import Architecture, DecompositionConfig
 from nndecomp.decompositions.architectures import dictionary_spec
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.targets.base import Shape
@@ -26,11 +26,13 @@ def n_features_for(cfg: DecompositionConfig, shape: Shape, budget: int) -> int:
 
     It is a + b F for F features a group, whatever the wiring: two sizes tell a and b.
     """
-    smallest = max([1, *cfg.ks]) if cfg.selects else 1
-    at = [n_parameters(replace(cfg, n_features=smallest + i), shape) for i in (0, 1)]
+    # Transforms come in sets, one of each rank as often as `ranks` says.
+    step = sum(count for _, count in cfg.ranks) if cfg.architecture is Architecture.molt else 1
+    smallest = -(-max([1, *cfg.ks]) // step) * step if cfg.selects else step
+    at = [n_parameters(replace(cfg, n_features=smallest + i * step), shape) for i in (0, 1)]
     b = at[1] - at[0]
     assert b > 0, f"{cfg.architecture.value} does not grow with its features"
-    found = smallest + round((budget - at[0]) / b)
+    found = smallest + step * round((budget - at[0]) / b)
     assert found >= smallest, (
         f"{budget} parameters are fewer than the {at[0]} of the smallest {cfg.architecture.value}, {smallest} features a group"
     )
