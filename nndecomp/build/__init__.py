@@ -5,6 +5,7 @@ settings -> target -> tokens -> stream of rows -> objectives -> trained dictiona
 
 from nndecomp.build.comparing import Compared, activity, compared, reported_activity, reported_difference
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
+from nndecomp.build.finding import Pair, found_again, found_again_rows
 from nndecomp.build.measuring import Heldout, baselines, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
 from nndecomp.build.presets import world
@@ -23,6 +24,7 @@ __all__ = [
     "Compared",
     "Heldout",
     "Member",
+    "Pair",
     "activity",
     "baselines",
     "check",
@@ -32,6 +34,8 @@ __all__ = [
     "decomposed_sites",
     "decompositions",
     "device",
+    "found_again",
+    "found_again_rows",
     "harvester",
     "heldout",
     "looking",

@@ -51,9 +51,11 @@ def trained(
     return finished
 
 
-def untrained(cfg: RunConfig, target: Target) -> dict[str, SparseDictionary]:
+def untrained(
+    cfg: RunConfig, target: Target, members: Mapping[str, Member] | None = None
+) -> dict[str, SparseDictionary]:
     """What training starts from, before its first step."""
-    members = trainable(cfg)
+    members = trainable(cfg) if members is None else members
     objectives, sites = _untrained(cfg, target, members)
     begin(cfg, target, objectives, members, sites)
     return {name: objective.finished() for name, objective in objectives.items()}

@@ -9,7 +9,8 @@ the same numbers are where nothing was learned in common: random directions with
 dictionary that was never trained. Decoder rows are compared as raw activations, all sites that a group writes side by side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,8 +19,12 @@ from torch import Tensor
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.replacing import Sequences
 from nndecomp.evaluation.matching import cosines, match
+from nndecomp.evaluation.rows import Measurement
 from nndecomp.targets.base import Target
 from nndecomp.tokens.batch import TokenBatch
+
+CUTOFFS = (0.5, 0.7, 0.9)
+NULLS = ("random", "untrained")
 
 # Rows of each group of a dictionary.
 Rows = Sequence[Float[Tensor, "_ _"]]
@@ -98,3 +103,46 @@ def splitting(small: Rows, large: Rows, cutoff: float) -> Int[Tensor, " feature"
 
 def share_above(cosine: Float[Tensor, " feature"], cutoff: float) -> float:
     return (cosine > cutoff).double().mean().item()
+
+
+@dataclass(frozen=True)
+class Again:
+    """How much of `first` is in `second`: cosines of the features of `first`, its groups side by side, and of both nulls."""
+
+    method: str  # that both are instances of
+    first: str
+    second: str
+    wider: bool  # second has more features: cosines are best ones (`contained`), else matched ones (`found_again`)
+    n_of_group: tuple[int, ...]  # features of first that are alive, by group
+    cosine: Float[Tensor, " feature"]
+    nulls: dict[str, Float[Tensor, " feature"]]  # by NULLS: in place of the features of `first`
+    parts: Int[Tensor, " feature"]  # features of second nearest to each, nearer than 0.7
+
+
+def again(method: str, first: str, second: str, wider: bool, a: Rows, b: Rows, nulls: Mapping[str, Rows]) -> Again:
+    """Looks for rows a, of `first`, among rows b, of `second`."""
+    assert set(nulls) == set(NULLS), f"chance is told by {', '.join(NULLS)}, not by {', '.join(nulls)}"
+    look = contained if wider else found_again
+    chance = {name: look(rows, b) for name, rows in nulls.items()}
+    n = tuple(len(rows) for rows in a)
+    return Again(method, first, second, wider, n, look(a, b), chance, splitting(a, b, 0.7))
+
+
+def measurements(of: Again, groups: Sequence[str], n_tokens: int) -> Iterator[Measurement]:
+    """Shares above each of CUTOFFS and the mean, with those of the nulls, over all groups and of each."""
+    prefix = "contained" if of.wider else "found_again"
+    n_of_group = dict(zip(groups, of.n_of_group, strict=True))
+
+    def row(metric: str, value: float, unit: str, site: str) -> Measurement:
+        return Measurement(metric, value, unit, site, "none", "clean", n_tokens, note=f"in {of.second}")
+
+    for end, cosine in (("", of.cosine), *((f"_{name}", of.nulls[name]) for name in NULLS)):
+        parts = dict(zip(groups, cosine.split(of.n_of_group), strict=True))
+        for site, own in {"all": cosine, **{name: part for name, part in parts.items() if len(part)}}.items():
+            yield row(f"{prefix}_cosine{end}", own.mean().item(), "cosine", site)
+            for cutoff in CUTOFFS:
+                yield row(f"{prefix}_{100 * cutoff:.0f}{end}", share_above(own, cutoff), "share", site)
+    for site, n in {"all": sum(of.n_of_group), **n_of_group}.items():
+        yield row("n_alive", float(n), "features", site)
+    if of.wider:
+        yield row("split", (of.parts > 1).double().mean().item(), "share", "all")
