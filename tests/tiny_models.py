@@ -49,13 +49,16 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
-def save_tiny_model(family: str, directory: Path) -> Path:
-    """Every parameter random, norms and biases too, so that leaving one out changes the numbers."""
+def save_tiny_model(family: str, directory: Path, **sizes: int) -> Path:
+    """Every parameter random, norms and biases too, so that leaving one out changes the numbers.
+
+    sizes: those of its configuration that are not as in `FAMILIES`.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, sizes = FAMILIES[family]
+    model_type, usual = FAMILIES[family]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **usual | sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
