@@ -333,6 +333,38 @@ def test_the_gate_reconstructs_alone_through_a_decoder_that_does_not_learn_from_
     assert bank.W_enc.grad.any() and bank.b_enc.grad.any()
 
 
+def test_a_gate_that_trains_the_decoder_reconstructs_as_codes_do():
+    """SAELens trains a free decoder so, by the gate's reconstruction and by its penalty."""
+    settings = ONE | GATED | {"reconstruction": Reconstruction.sum_of_squares, "skip": True}
+    made = objective(**settings, gate_trains_decoder=True)
+    made.cfg.local_coefficient = 0.0
+    rows = planted(made.layout, 50)
+    made.loss(rows, 0.5)[0].backward()
+    x, y = (rows[:, span] for span in made.layout.spans.values())
+    (bank,), b_dec = made.dictionary.banks, made.dictionary.b_dec
+    y_hat = (x @ bank.W_enc.T + bank.b_enc).relu() @ bank.W_dec + b_dec + x @ bank.W_skip
+    of_decoder = (bank.W_dec, b_dec, bank.W_skip)
+    expected = torch.autograd.grad((y - y_hat).square().sum(1).mean(), of_decoder)
+    for parameter, slope in zip(of_decoder, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, slope)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_gates_penalty_moves_decoder_norms_only_where_the_gates_reconstruction_does(trains: bool):
+    """With a frozen decoder in the one and not in the other, decoder rows shrink, magnitudes grow, and everything fires."""
+    made = objective(
+        **(ONE | GATED | {"penalty": Penalty.l1, "penalty_coefficient": 2.0, "penalty_warmup": 0.0}),
+        penalty_normalisation=CodeNormalisation.sae,
+        gate_trains_decoder=trains,
+        gate_coefficient=0.0,
+    )
+    made.cfg.local_coefficient = 0.0
+    made.loss(planted(made.layout, 50), 0.5)[0].backward()
+    (bank,) = made.dictionary.banks
+    assert bool(bank.W_dec.grad is not None and bank.W_dec.grad.any()) is trains
+    assert bank.W_enc.grad.any()
+
+
 @pytest.mark.parametrize("penalty", [{"penalty": Penalty.l1}, {"penalty": Penalty.lp, "p_start": 0.5}])
 def test_the_penalty_of_gated_dictionaries_is_on_the_gate(penalty: dict[str, Any]):
     """Gated, and gated annealing: the codes' size is free, so nothing shrinks."""

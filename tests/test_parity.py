@@ -60,8 +60,8 @@ CASES: dict[str, tuple[type[peers.Peer], dict[str, Any], str | None]] = {
     "sae-lens jumprelu": (SaeLens, JUMPRELU | {"penalty": Penalty.l0, "penalty_coefficient": 0.1}, None),
     "sae-lens gated": (
         SaeLens,
-        GATED | {"penalty_normalisation": CodeNormalisation.sae},
-        "detach_gate_decoder",
+        GATED | {"penalty_normalisation": CodeNormalisation.sae, "gate_trains_decoder": True},
+        None,
     ),
     "dictionary-learning topk": (DictionaryLearning, UNIT, None),
     "dictionary-learning batchtopk": (DictionaryLearning, UNIT | {"activation": Activation.batchtopk}, None),

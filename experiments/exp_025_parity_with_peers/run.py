@@ -64,9 +64,8 @@ def comparisons() -> Iterator[Comparison]:
     target |= JUMPRELU | DICTIONARY_LEARNING | WITHOUT_K | {"centre_input": False, "betas": [0.0, 0.999]}
     yield Comparison("jumprelu", "dictionary-learning", target, {})
     yield Comparison("jumprelu", "dictionary-learning", target, {}, "count_before_the_jump")
-    normed = GATED | SAE_LENS | WITHOUT_K | {"penalty_coefficient": 2.0, "penalty_normalisation": CodeNormalisation.sae}
-    yield Comparison("gated", "sae-lens", normed, {})
-    yield Comparison("gated", "sae-lens", normed, {}, "detach_gate_decoder")
+    normed = {"penalty_coefficient": 2.0, "penalty_normalisation": CodeNormalisation.sae, "gate_trains_decoder": True}
+    yield Comparison("gated", "sae-lens", GATED | SAE_LENS | WITHOUT_K | normed, {})
     unit = GATED | DICTIONARY_LEARNING | WITHOUT_K | {"penalty_coefficient": 4.0, "betas": [0.0, 0.999]}
     yield Comparison("gated", "dictionary-learning", unit, {"clip_norm": None})
 

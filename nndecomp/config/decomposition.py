@@ -83,7 +83,10 @@ class DecompositionConfig:
     p_end: float = 0.2
     p_anneal: list[float] = field(default_factory=lambda: [0.5, 1.0])  # shares of training between which p moves
     p_steps: int = 10  # in how many steps
-    gate_coefficient: float = 1.0  # gated: the gate alone reconstructs, through a detached decoder
+    gate_coefficient: float = 1.0  # gated: the gate alone reconstructs
+    gate_trains_decoder: bool = (
+        False  # gated: the gate's reconstruction and penalty move decoder and bias, as in SAELens
+    )
     pre_activation_loss: PreActivationLoss = PreActivationLoss.none
     pre_activation_coefficient: float = 0.0
     local_coefficient: float = 1.0  # of the reconstruction loss; 0: end to end alone

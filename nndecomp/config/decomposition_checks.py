@@ -75,7 +75,7 @@ def check_effects(cfg: Settings) -> None:
         (cfg.penalty in (Penalty.tanh, Penalty.tanh_quadratic), "penalty=tanh or tanh_quadratic", ("penalty_scale",)),
         (cfg.penalty is Penalty.tanh_quadratic, "penalty=tanh_quadratic", ("penalty_frequency",)),
         (cfg.penalty is Penalty.lp, "penalty=lp", ("p_start", "p_end", "p_anneal", "p_steps")),
-        (cfg.activation is Activation.gated, "activation=gated", ("gate_coefficient",)),
+        (cfg.activation is Activation.gated, "activation=gated", ("gate_coefficient", "gate_trains_decoder")),
         (cfg.activation is Activation.batchtopk, "activation=batchtopk", ("threshold_rate",)),
         (
             cfg.activation is Activation.jumprelu,

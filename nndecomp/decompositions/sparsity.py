@@ -63,6 +63,10 @@ class Sparsity(nn.Module):
         codes = encoding.codes if gates is None else Codes(tuple(map(DenseCodes, gates)))
         mixed = (cfg.mixed_weights[0], cfg.mixed_weights[1])
         c = [bank.scale(cfg.penalty_normalisation, mixed) for bank in dictionary.banks]
+        if gates is not None and not cfg.gate_trains_decoder:
+            # Where no loss of the gate holds decoder rows up, a penalty by their norms would shrink them to nothing, and
+            # the magnitudes, which it does not see, would make up for it: everything fires.
+            c = [None if own is None else own.detach() for own in c]
         match cfg.penalty:
             case Penalty.l1:
                 return penalties.l1(codes, c)

@@ -1,6 +1,6 @@
 """The terms of a dictionary's loss on one batch, but for the penalty, whose state is its own (`Sparsity`)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,15 +45,16 @@ def fit(batch: Batch) -> tuple[Float[Tensor, "token d_writes"], Float[Tensor, ""
 
 def gate(batch: Batch) -> Float[Tensor, ""] | None:
     """The gate alone has to reconstruct; decoder, skip and bias learn nothing from it (Rajamanoharan et al. 2024, arXiv
-    2404.16014, eq. 8)."""
+    2404.16014, eq. 8), or with `gate_trains_decoder` what they learn from any reconstruction."""
     dictionary, gates = batch.dictionary, batch.encoding.gates
     if gates is None:
         return None
-    y_hat = dictionary.b_dec.detach().repeat(len(batch.y), 1)
+    seen: Callable[[Tensor], Tensor] = (lambda w: w) if batch.cfg.gate_trains_decoder else Tensor.detach
+    y_hat = seen(dictionary.b_dec).repeat(len(batch.y), 1)
     for bank, own in zip(dictionary.banks, gates, strict=True):
-        y_hat[:, bank.writes] += DenseCodes(own).decode(bank.W_dec.detach())
+        y_hat[:, bank.writes] += DenseCodes(own).decode(seen(bank.W_dec))
         if bank.W_skip is not None:
-            y_hat[:, bank.writes] += batch.x[:, bank.reads] @ bank.W_skip.detach()
+            y_hat[:, bank.writes] += batch.x[:, bank.reads] @ seen(bank.W_skip)
     return batch.cfg.gate_coefficient * batch.reconstruction(batch.y - y_hat)
 
 

@@ -83,6 +83,7 @@ class DictionaryLearning(Peer):
                 )
             case Activation.gated:
                 assert (cfg.penalty, cfg.penalty_normalisation) == (Penalty.l1, CodeNormalisation.none)
+                assert not cfg.gate_trains_decoder and cfg.gate_coefficient == 1.0, "its gate leaves the decoder alone"
                 assert cfg.dead is Dead.none and training.clip_norm is None, "it clips no gradients and revives nothing"
                 assert betas(cfg, training) == (0.0, 0.999), "its betas cannot be set"
                 return trainers.GatedSAETrainer(l1_penalty=cfg.penalty_coefficient, **penalised)

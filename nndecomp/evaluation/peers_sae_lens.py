@@ -1,7 +1,6 @@
 """sae-lens: SAETrainer.step over a TrainingSAE, evaluated as the SAE that it saves."""
 
 import importlib
-from types import MethodType
 from typing import Any
 
 import torch
@@ -92,6 +91,7 @@ class SaeLens(Peer):
                 )
             case Activation.gated:
                 assert (cfg.penalty, cfg.penalty_normalisation) == (Penalty.l1, CodeNormalisation.sae)
+                assert cfg.gate_trains_decoder and cfg.gate_coefficient == 1.0, "its gate trains the decoder"
                 return saes.GatedTrainingSAE(
                     saes.GatedTrainingSAEConfig(
                         l1_coefficient=cfg.penalty_coefficient, l1_warm_up_steps=warmup, **of_all
@@ -118,21 +118,6 @@ class SaeLens(Peer):
     def weights(self) -> dict[str, Tensor]:
         own = {"W_enc": self.sae.W_enc.T, "W_dec": self.sae.W_dec, "b_dec": self.sae.b_dec}
         return {name: tensor.detach().clone() for name, tensor in own.items()}
-
-    def detach_gate_decoder(self) -> None:
-        """Gated: the gate alone reconstructs through a decoder it cannot change, as in Rajamanoharan et al. 2024, eq. 8.
-
-        The library lets that loss change the decoder. With this its objective is the paper's, and nothing else changes.
-        """
-        sae, whole = self.sae, self.sae.calculate_aux_loss
-
-        def calculate_aux_loss(_: Any, step_input: Any, **codes: Any) -> dict[str, Tensor]:
-            terms = whole(step_input=step_input, **codes)
-            gate = sae.process_sae_in(step_input.sae_in) @ sae.W_enc + sae.b_gate
-            error = gate.relu() @ sae.W_dec.detach() + sae.b_dec.detach() - step_input.sae_in
-            return terms | {"auxiliary_reconstruction_loss": error.square().sum(-1).mean()}
-
-        sae.calculate_aux_loss = MethodType(calculate_aux_loss, sae)
 
 
 def widths(cfg: DecompositionConfig) -> list[int]:

@@ -16,7 +16,6 @@ from nndecomp.report import style
 REPAIRS = {
     None: "",
     "count_before_the_jump": ", L0 counted before the jump",
-    "detach_gate_decoder": ", gate's decoder detached",
 }
 METRICS = (("fvu", ".4f", True), ("l0", ".2f", True), ("dead", ".1%", False), ("ms", ".1f", False))
 Fits = Sequence[Mapping[str, Any]]
