@@ -20,7 +20,10 @@ if TYPE_CHECKING:
         read,
         record,
         rows,
+        to_jumprelu,
+        to_pursuit,
         tokenise,
+        with_unit_norm_decoder,
     )
 
 __all__ = [
@@ -32,7 +35,10 @@ __all__ = [
     "read",
     "record",
     "rows",
+    "to_jumprelu",
+    "to_pursuit",
     "tokenise",
+    "with_unit_norm_decoder",
 ]
 
 

@@ -7,6 +7,9 @@ codes = clt.encode(x)
 y_hat = clt.decode(codes, x)                         # [token, d_writes]
 logits = nndecomp.patched_logits(target, clt, "def area(r):", layers=[2])
 rows = nndecomp.evaluate(target, clt, "tokens=stdlib", "evaluation.n_seqs=32")
+
+Into another form: `to_jumprelu(clt, x)` (batchtopk by its threshold, topk by one that keeps as many features of the rows x),
+`to_pursuit(sae, k=8)` (codes found by gradient pursuit), `with_unit_norm_decoder(clt)`; each is saved as any other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +26,7 @@ from nndecomp.config.compose import compose
 from nndecomp.config.registry import CONF
 from nndecomp.config.schema import DType, Inputs, Packing, TargetConfig, TargetKind, TokensConfig, TokensKind, require
 from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.conversion import to_jumprelu, to_pursuit, with_unit_norm_decoder
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.neurons import NeuronBaseline
 from nndecomp.decompositions.replacing import live, pasted
@@ -35,6 +39,21 @@ from nndecomp.types import Site
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+__all__ = [
+    "evaluate",
+    "load_decomposition",
+    "load_target",
+    "neurons",
+    "patched_logits",
+    "read",
+    "record",
+    "rows",
+    "to_jumprelu",
+    "to_pursuit",
+    "tokenise",
+    "with_unit_norm_decoder",
+]
 
 Text = str | Sequence[str]
 

@@ -68,7 +68,7 @@ def weights(made: SparseDictionary, name: str) -> Tensor:
 def test_weights_in_the_other_model_do_not_exist_whatever_writes_to_weights(dead, optimiser, tmp_path):
     """DFC: resampling writes forbidden slices (0.40), copies lose the hooks that mask gradients (0.88), and the optimiser's
     moments are cleared before there are any."""
-    often = {"resample_every": 300} if dead is Dead.resample else {}
+    often: dict[str, Any] = {"resample_every": 300} if dead is Dead.resample else {}
     made = copy.deepcopy(objective(**BATCHTOPK, dead=dead, dead_after_tokens=300, **often))
     step = optimiser(made.parameters(), lr=1e-2)
     for i in range(8):

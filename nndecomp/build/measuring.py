@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 from nndecomp.build.data import harvester
 from nndecomp.build.members import decompositions
+from nndecomp.build.pursuing import pursued
 
 
 def baselines(cfg: RunConfig, target: Target) -> dict[str, NeuronBaseline]:
@@ -64,15 +65,18 @@ def measured(
     seeds: Mapping[str, int] | None = None,
     text: Heldout | None = None,
 ) -> "DataFrame":
-    """Rows for each named replacement, on held-out text, read anew unless it is given.
+    """Rows for each named replacement, on held-out text, read anew unless it is given; with those of evaluation.pursuit.
 
     `seeds` are those of training, where they are not the run's.
     """
+    again = pursued(cfg.evaluation.pursuit, replacements)
+    trained_as = {**{name: name for name in replacements}, **{name: of for name, (of, _) in again.items()}}
+    replacements = {**replacements, **{name: parts for name, (_, parts) in again.items()}}
     writes = sorted({site for parts in replacements.values() for part in parts for site in part.writes})
     text = heldout(cfg, target, writes) if text is None else text
     found = evaluate_all(target, replacements, text.tokens, text.keep, text.means, cfg.evaluation, cfg.seed)
     contexts = {
-        name: context(cfg, target, parts, run, name, (seeds or {}).get(name, cfg.seed))
+        name: context(cfg, target, parts, run, name, (seeds or {}).get(trained_as[name], cfg.seed))
         for name, parts in replacements.items()
     }
     return join([table(contexts[name], measurements) for name, measurements in found.items()])

@@ -11,6 +11,7 @@ from nndecomp.activations.store import open_store
 from nndecomp.build.end_to_end import check_batches, check_wiring, is_end_to_end
 from nndecomp.build.members import Member, decompositions, members
 from nndecomp.build.presets import world
+from nndecomp.build.pursuing import check_pursuit
 from nndecomp.config.compose import load
 from nndecomp.config.schema import (
     ActivationsKind,
@@ -71,6 +72,8 @@ def check(cfg: RunConfig, trains: bool = False, patches: bool = True) -> None:
             check_wiring(name, each.config, shape)
     if cfg.runs:
         check_runs(cfg)
+    if patches and not cfg.runs:
+        check_pursuit(cfg, decompositions(cfg))
     sites = decomposed_sites(cfg, shape)
     if cfg.activations.store is not None:
         open_store(Path(cfg.activations.store), sites)

@@ -95,7 +95,7 @@ def looking(
     cfg: RunConfig, target: Target, objectives: Mapping[str, DictionaryObjective | EndToEndObjective], run: str
 ) -> Callable[[int], dict[str, float]]:
     """What the loop calls for held-out scores on the way; the text is read once."""
-    quick = replace(cfg, evaluation=replace(cfg.evaluation, patched=[Patched.all], bootstrap=0))
+    quick = replace(cfg, evaluation=replace(cfg.evaluation, patched=[Patched.all], bootstrap=0, pursuit=[]))
     text = heldout(cfg, target, sorted({site for each in objectives.values() for site in each.dictionary.writes}))
 
     def look(step: int) -> dict[str, float]:

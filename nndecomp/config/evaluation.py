@@ -1,6 +1,6 @@
 """What is measured, on how much held-out text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from nndecomp.config.checks import require
@@ -26,6 +26,9 @@ class EvaluationConfig:
     mean_seqs: int = 64  # full sequences' worth of training rows that give the means for mean-ablation, or more
     bootstrap: int = 1000  # resamples of sequences
     confidence: float = 0.95
+    # What writes what it reads, measured a second time for each of these k: the same decoder, its codes found by gradient
+    # pursuit, k features a group, with errors in units of raw activations. Named <name>_pursuit<k>.
+    pursuit: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require(self.n_seqs >= 2, f"evaluation.n_seqs={self.n_seqs}: intervals need at least 2 sequences")
@@ -41,5 +44,9 @@ class EvaluationConfig:
         require(
             Patched.all in self.patched,
             f"evaluation.patched={[each.value for each in self.patched]} lacks all, which tables and figures show",
+        )
+        require(
+            all(k > 0 for k in self.pursuit) and len(set(self.pursuit)) == len(self.pursuit),
+            f"evaluation.pursuit={self.pursuit} must be positive numbers of features, each once, or []",
         )
         require(0 < self.confidence < 1, f"evaluation.confidence={self.confidence} must lie between 0 and 1")

@@ -70,19 +70,27 @@ def _with_activation(dictionary: SparseDictionary, activation: ActivationSpec) -
     return made.eval()
 
 
-def to_pursuit(dictionary: SparseDictionary, k: int) -> SparseDictionary:
-    """The same decoder, its codes found by gradient pursuit: k features a group. For what writes what it reads."""
+def pursuit_obstacle(dictionary: SparseDictionary) -> str | None:
+    """Why a pursuit cannot encode for a dictionary, or None if it can."""
     spec = dictionary.spec
-    require(
-        spec.read_layout == spec.write_layout,
-        "pursuit is for dictionaries that write what they read, and this one does not",
-    )
+    if spec.read_layout != spec.write_layout:
+        return "pursuit is for dictionaries that write what they read, and this one does not"
+    if any(group.encoder is not None for group in spec.groups):
+        return "pursuit is for dictionaries whose features are of one group each, and decoupled ones are of several"
+    if spec.activation.kind is Activation.matching_pursuit:
+        return "this dictionary pursues already"
+    return None
+
+
+def to_pursuit(dictionary: SparseDictionary, k: int) -> SparseDictionary:
+    """The same decoder, its codes found by gradient pursuit: k features a group. For what writes what it reads.
+
+    Errors are measured in the units that the dictionary is in: of raw activations, where it has been folded.
+    """
+    spec, obstacle = dictionary.spec, pursuit_obstacle(dictionary)
+    require(obstacle is None, str(obstacle))
     sizes = [group.n_features for group in spec.groups]
     require(0 < k <= min(sizes), f"k={k} is not between 1 and the {min(sizes)} features of the smallest group")
-    require(
-        all(group.encoder is None for group in spec.groups),
-        "pursuit is for dictionaries whose features are of one group each, and decoupled ones are of several",
-    )
     kind = ActivationSpec(Activation.matching_pursuit, k=(k,) * len(sizes))
     spec = replace(spec, activation=kind, centre_input=False, frozen_scales=False)
     made = SparseDictionary(spec).to(dictionary.b_dec)
