@@ -40,8 +40,9 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     rows = build.measured(cfg, target, replacements, out.name, seeds)
     kinds = kinds_of(build.members(cfg), sized, target.shape)
     middle = sorted(cfg.compare.k)[len(cfg.compare.k) // 2] if cfg.compare is not None else 0
-    for axis, of in ACTIVE.items():
+    for axis in (*ACTIVE, "active_parameters"):
         style.save(replacement.figure(rows, kinds, axis), out / "figures", f"replacement_{axis}")
+    for axis, of in ACTIVE.items():
         table = replacement.matched(rows, kinds, axis, middle)
         write_text(out / f"matched_{axis}.md", tables.markdown(table))
         print(f"At {middle} active features {of}, live:", tables.terminal(table), sep="\n")
