@@ -15,6 +15,7 @@ import yaml
 from decomposition_parts import (
     ACTIVATIONS,
     ARCHITECTURES,
+    GLU,
     PURSUIT,
     D,
     F,
@@ -25,6 +26,7 @@ from decomposition_parts import (
     planted,
     train,
 )
+from training_parts import QUIET, Regression, Rows, training
 
 from nndecomp.activations.buffer import check_capacity
 from nndecomp.activations.statistics import RunningStatistics
@@ -41,7 +43,10 @@ from nndecomp.decompositions import losses
 from nndecomp.decompositions.activation_pointwise import JumpRelu
 from nndecomp.decompositions.molt import TransformGroup
 from nndecomp.errors import SettingError
+from nndecomp.training import loop
+from nndecomp.training.log import Log
 from nndecomp.training.loop import Trainee
+from nndecomp.training.state import saved_steps
 
 TESTS = Path(__file__).parent
 SAE, CROSSCODER = ARCHITECTURES["sae"], ARCHITECTURES["crosscoder"]
@@ -126,7 +131,45 @@ COVERED = {
     "CLT: gradient reaches pre-activations below the threshold": (
         "test_decompositions_activation.py::test_what_reaches_pre_activations_is_what_the_gradient_is_named_after"
     ),
+    # --- dedicated features ---
+    "DFC: exclusive features are starved where training starts": (
+        "test_dedicated_features.py::test_exclusive_features_fire_as_often_as_shared_ones_where_training_starts"
+    ),
+    "DFC: the initial decoder norm is lost": (
+        "test_dedicated_features.py::test_features_of_all_groups_start_with_the_same_decoder_norm"
+    ),
+    "DFC: resampling, copies and optimisers write to forbidden weights": (
+        "test_dedicated_features.py::test_weights_in_the_other_model_do_not_exist_whatever_writes_to_weights"
+    ),
+    "DFC: a state of another partition loads": (
+        "test_dedicated_features.py::test_sizes_are_whole_numbers_and_other_sizes_do_not_load"
+    ),
+    "DFC: a loaded dictionary selects by another code normalisation": (
+        "test_dedicated_features.py::test_settings_of_the_reference_come_back_from_disk"
+    ),
+    "DFC: the auxiliary loss of one model is divided by the variance of both": (
+        "test_dedicated_features.py::test_exclusive_features_learn_from_their_own_model_alone_dead_or_alive"
+    ),
+    "DFC: a second model of another width cannot be had": (
+        "test_dedicated_features.py::test_without_shared_features_it_is_two_saes"
+    ),
+    "DL: decoupled penalties are those of the crosscoder": (
+        "test_dedicated_features.py::test_a_penalty_cannot_weigh_one_code_by_each_site_on_its_own"
+    ),
+    # --- starts ---
+    "DL: b_dec starts at the middle of raw rows, where training sees normalised ones": (
+        "test_decompositions_objective.py::test_the_decoder_bias_starts_at_the_mean_of_the_first_batch"
+    ),
+    "DL: the geometric median is 0 / 0 where a point is the guess": (
+        "test_start.py::test_a_point_at_the_guess_is_no_division_by_zero"
+    ),
     # --- saving ---
+    "DL: a run that broke off leaves a file that cannot be loaded, or crashes where rows are not normalised": (
+        "test_decompositions_objective.py::test_saved_state_continues_bit_for_bit"
+    ),
+    "DL, DFC: pushing to the Hub crashes": (
+        "test_decompositions_pretrained.py::test_what_is_pushed_to_the_hub_can_be_loaded_from_it"
+    ),
     "DL: the norm factor, k after annealing, or the code normalisation is not saved": (
         "test_decompositions_objective.py::test_what_is_saved_is_finished_as_it_was_with_its_own_scales_and_k"
     ),
@@ -157,6 +200,12 @@ COVERED = {
     ),
     "LMS: metrics of a CLT, and masks with a crosscoder, crash training (B2, B3)": (
         "test_decompositions_contract.py::test_the_loss_halves_in_100_steps_on_planted_data"
+    ),
+    "LMS: no combination of architecture, activation function and loss is ever trained with masks and metrics on": (
+        "test_smoke_matrix.py::test_a_part_of_the_matrix_trains"
+    ),
+    "LMS: a mixture of transforms is decoded without the input that it transforms (B15)": (
+        "test_molt.py::test_reconstruction_needs_the_input_it_transforms"
     ),
     "LMS: parameters that no gradient reaches (B7)": (
         "test_decompositions_contract.py::test_every_parameter_gets_a_gradient"
@@ -189,6 +238,9 @@ COVERED = {
     ),
     "DL: a write that fails is lost, and the writer waits for ever": (
         "test_store.py::test_killed_at_any_moment_writing_goes_on_to_the_same_bytes"
+    ),
+    "DL: at the end of the data an iterator ends in the middle of a step": (
+        "test_store.py::test_an_epoch_serves_every_row_once_and_the_next_in_another_order"
     ),
     "DL: a store knows no model, text or site": "test_store.py::test_a_store_of_other_rows_is_refused_by_the_setting_that_differs",
     "LMS: the scale is measured with BOS and padding among the rows": (
@@ -258,11 +310,14 @@ def test_the_seed_alone_decides_where_a_dictionary_starts(activation):
     assert not torch.equal(first["groups.0.encoder.W_enc"], other["groups.0.encoder.W_enc"])
 
 
+@pytest.mark.parametrize("encoder", [{}, GLU], ids=["linear", "glu"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_weight_starts_finite_and_encoders_of_all_groups_alike(architecture):
+def test_every_weight_starts_finite_and_encoders_of_all_groups_alike(architecture, encoder):
     """LMS: biases that are never initialised hold what was in memory (B5). DFC: a subclass loses the initial norm."""
-    made = dictionary(**ARCHITECTURES[architecture])
+    made = dictionary(**ARCHITECTURES[architecture] | encoder)
     assert all(parameter.isfinite().all() for parameter in made.parameters())
+    biases = [parameter for name, parameter in made.named_parameters() if name.split(".")[-1].startswith("b_")]
+    assert biases and not any(bias.any() for bias in biases), "all biases start at 0, those of a gate too"
     for bank in made.banks:
         torch.testing.assert_close(bank.W_enc.norm(dim=1), torch.ones(bank.n_features))
         if isinstance(bank, TransformGroup):  # its norms are those of products of random matrices
@@ -338,6 +393,33 @@ def test_settings_with_which_peers_crash_or_do_something_else_are_refused(settin
     divides by 0. LMS: settings without effect are accepted; a coefficient of null means 1."""
     with pytest.raises(SettingError, match=sentence):
         config(**settings)
+
+
+class _BreaksOff(Regression):
+    """After nine steps."""
+
+    def loss(self, batch, progress):
+        if self.n_seen == 9:
+            raise InterruptedError
+        return super().loss(batch, progress)
+
+
+def test_checkpoints_come_at_the_steps_that_are_asked_for(tmp_path):
+    """LMS: thresholds in tokens are compared with steps, so that a run of 1000 steps is never saved (B11)."""
+    with pytest.raises(InterruptedError), Log(tmp_path, QUIET, name="a") as log:
+        loop.train(
+            {"a": _BreaksOff()}, Rows(), training(1000, checkpoint_every=4), tmp_path, log=log, description="test"
+        )
+    assert saved_steps(tmp_path / "checkpoint") == [8]
+
+
+@pytest.mark.parametrize(
+    "override", ["activations.buffer_tokens=3e4", "activations.batch_seqs=2.5", "decomposition.k=1.5"]
+)
+def test_numbers_that_must_be_whole_are_refused_where_they_are_not(override):
+    """DL: the default number of contexts is a float, on which the first buffer crashes."""
+    with pytest.raises(SettingError, match=override.split("=")[0]):
+        compose("exp_002_train_transcoder_ss", [override])
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("exp_*.yaml")), ids=lambda path: path.stem)
