@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nndecomp import build
+from nndecomp.activations.sequences import RowsOrSequences, beside
 from nndecomp.config.compose import compose
 from nndecomp.config.registry import CONF
 from nndecomp.config.schema import DType, Inputs, Packing, TargetConfig, TargetKind, TokensConfig, TokensKind, require
@@ -127,11 +128,15 @@ def record(target: Target, text: Text, sites: Sequence[str]) -> dict[str, Float[
     return {name: recorded[site] for name, site in parsed.items()}
 
 
-def read(target: Target, decomposition: Decomposition, text: Text) -> Float[Tensor, "token d_reads"]:
-    """What a decomposition reads, as its `encode` and `forward` take it: one row a token, padding and BOS left out."""
+def read(target: Target, decomposition: Decomposition, text: Text) -> RowsOrSequences:
+    """What a decomposition reads, as its `encode` and `forward` take it: one row a token, padding and BOS left out.
+
+    Where it attends to earlier positions, whole sequences; what it makes of them is one row a token all the same.
+    """
     batch = whole(tokenise(target, text))
     recorded = target.record(batch.tokens, decomposition.reads)
-    return torch.cat([batch.rows(recorded[site]) for site in decomposition.read_layout.sites], dim=1)
+    taken = batch.whole if decomposition.needs_sequences else batch.rows
+    return beside([taken(recorded[site]) for site in decomposition.read_layout.sites])
 
 
 @torch.no_grad()
@@ -156,9 +161,8 @@ def patched_logits(
             require(obstacle is None, f"inputs=live is not possible: {obstacle}; use inputs=clean")
             replacements, _ = live(batch, [decomposition], sites)
         case Inputs.clean:
-            clean = clean_run(target, batch, decomposition.reads)
-            x = torch.cat([clean.rows[site] for site in decomposition.read_layout.sites], dim=1)
-            y_hat, _ = decomposition(x)
+            clean = clean_run(target, batch, decomposition.reads, decomposition.reads)
+            y_hat, _ = decomposition(clean.read_by(decomposition))
             spans = decomposition.write_layout.spans
             replacements = pasted(batch, {site: y_hat[:, spans[site]] for site in sites})
     with target.patch(replacements):

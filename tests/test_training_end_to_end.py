@@ -15,7 +15,7 @@ from torch import Tensor
 from training_parts import QUIET
 
 from nndecomp import build
-from nndecomp.build.end_to_end import sequences
+from nndecomp.build.end_to_end import clean_sequences
 from nndecomp.config.compose import compose
 from nndecomp.config.schema import (
     Activation,
@@ -280,7 +280,7 @@ def test_in_training_batchtopk_keeps_k_of_each_group_on_average_inside_the_patch
 def test_without_predictions_the_clean_pass_gives_the_same_rows():
     made = objective(ToyTarget(N_LAYERS))
     whole, part = (stream(made.target, made.dictionary, logits).next_batch() for logits in (True, False))  # pyright: ignore[reportArgumentType]
-    assert torch.equal(whole.clean, part.clean) and part.logits == {}
+    assert torch.equal(whole.clean.values, part.clean.values) and part.logits == {}
     batch, keep = text_batch()
     assert len(whole.clean) == int(keep.sum()) and whole.n_predictions == int((batch.mask[:, 1:]).sum())
 
@@ -296,7 +296,7 @@ def attempt(out: Path, model: Path, stop_after: int = -1, *overrides: str) -> di
     made = {
         name: build_dictionary(each.config, target.shape, each.seed, CPU, target.name) for name, each in members.items()
     }
-    batches = sequences(
+    batches = clean_sequences(
         cfg, target, sorted({site for each in made.values() for site in (*each.reads, *each.writes)}), members
     )
     objectives = {

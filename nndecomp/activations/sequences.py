@@ -1,5 +1,6 @@
 """Whole sequences of activations, for what explains a position by the positions before it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +17,7 @@ from nndecomp.types import Layout
 class Sequences:
     """Activations at every position, and which positions count: only those are explained, but all can be attended to.
 
-    `sequences[:, span]` takes columns, `sequences / scale` divides them, and `len` counts tokens, as for rows [token, width].
+    `sequences[:, span]` takes columns, `- m` and `/ s` change their units, and `len` counts tokens, as for rows [token, width].
     """
 
     values: Float[Tensor, "batch pos width"]
@@ -30,8 +31,16 @@ class Sequences:
         assert tokens == slice(None), f"sequences stay whole: take columns alone, not tokens {tokens}"
         return Sequences(self.values[..., columns], self.kept)
 
+    def __sub__(self, shift: Float[Tensor, " width"]) -> "Sequences":
+        return Sequences(self.values - shift, self.kept)
+
     def __truediv__(self, scale: Float[Tensor, " width"]) -> "Sequences":
         return Sequences(self.values / scale, self.kept)
+
+    def first(self, n_tokens: int) -> "Sequences":
+        """As few of the first sequences as have that many positions."""
+        n_seqs, seq_len = -(-n_tokens // self.values.shape[1]), self.values.shape[1]
+        return Sequences(self.values[:n_seqs], self.kept[self.kept < n_seqs * seq_len])
 
     def rows(self) -> Float[Tensor, "token width"]:
         """The positions that count."""
@@ -39,6 +48,23 @@ class Sequences:
 
     def at_kept(self, values: Float[Tensor, "batch pos d"]) -> Float[Tensor, "token d"]:
         return values.flatten(0, 1).index_select(0, self.kept)
+
+
+# What is read of a batch: tokens one by one, or in their sequences.
+RowsOrSequences = Float[Tensor, "token _"] | Sequences
+
+
+def rows_of(read: RowsOrSequences) -> Float[Tensor, "token width"]:
+    """The tokens that count, one by one."""
+    return read.rows() if isinstance(read, Sequences) else read
+
+
+def beside(parts: Sequence[RowsOrSequences]) -> RowsOrSequences:
+    """Columns of all, which are of the same tokens."""
+    first = parts[0]
+    if isinstance(first, Sequences):
+        return Sequences(torch.cat([part.values for part in parts if isinstance(part, Sequences)], -1), first.kept)
+    return torch.cat([rows_of(part) for part in parts], 1)
 
 
 @runtime_checkable

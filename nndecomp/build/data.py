@@ -10,6 +10,7 @@ from torch import Tensor
 from nndecomp.activations.buffer import RowSource, ShuffleBuffer
 from nndecomp.activations.harvest import Harvester
 from nndecomp.activations.manifest import row_settings
+from nndecomp.activations.sequences import SequenceBuffer, Sequences
 from nndecomp.activations.statistics import SiteScale, measure, normalisation
 from nndecomp.activations.store import Store, open_store, verify
 from nndecomp.activations.stream import RowStream, StoreStream
@@ -56,6 +57,20 @@ def source(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> RowSource:
         n_rows = cfg.activations.batch_seqs * cfg.tokens.seq_len
         return SyntheticStream(synthetic(cfg, target, sites), n_rows, cfg.seed, target.device)
     return harvester(cfg, target, sites)
+
+
+def sequences(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> SequenceBuffer:
+    """Batches of training.batch_tokens positions in whole sequences, shuffled."""
+    read = harvester(cfg, target, sites)
+    return SequenceBuffer(read, cfg.activations.buffer_tokens, cfg.training.batch_tokens, cfg.seed)
+
+
+def initial_sequences(cfg: RunConfig, target: Target, sites: Sequence[Site], n: int) -> Sequences:
+    """At least `n` positions to start from, out of twice as many or more, in whole sequences."""
+    seq_len, one_pass = cfg.tokens.seq_len, cfg.activations.batch_seqs * cfg.tokens.seq_len
+    whole = -(-n // seq_len) * seq_len
+    read = harvester(cfg, target, sites)
+    return SequenceBuffer(read, max(2 * whole, whole + one_pass), whole, cfg.seed).next_batch()
 
 
 def stream(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> RowStream:

@@ -7,6 +7,7 @@ import torch
 from nndecomp.build.members import Member
 from nndecomp.config.schema import (
     ActivationsKind,
+    Architecture,
     DecompositionConfig,
     EndToEnd,
     RunConfig,
@@ -27,7 +28,14 @@ def is_end_to_end(members: Mapping[str, Member]) -> bool:
     return any(each.config.end_to_end is not EndToEnd.none for each in members.values())
 
 
-def sequences(cfg: RunConfig, target: Target, sites: Sequence[Site], members: Mapping[str, Member]) -> CleanSequences:
+def attends(members: Mapping[str, Member]) -> bool:
+    """Whether one of them explains positions by earlier ones."""
+    return any(each.config.architecture is Architecture.lorsa for each in members.values())
+
+
+def clean_sequences(
+    cfg: RunConfig, target: Target, sites: Sequence[Site], members: Mapping[str, Member]
+) -> CleanSequences:
     """Batches of training.batch_tokens tokens in whole sequences, with the clean activations at `sites`."""
     return CleanSequences(
         target,
@@ -40,17 +48,17 @@ def sequences(cfg: RunConfig, target: Target, sites: Sequence[Site], members: Ma
     )
 
 
-def check_batches(cfg: RunConfig) -> None:
-    """SettingError unless batches of whole sequences can be had."""
+def check_batches(cfg: RunConfig, setting: str) -> None:
+    """SettingError unless batches of whole sequences can be had, which `setting` needs."""
     require(
         cfg.activations.kind is ActivationsKind.live,
-        "activations.kind=store holds rows without their sequences, but decomposition.end_to_end runs the target on whole "
-        "ones; write activations=live",
+        f"activations.kind={cfg.activations.kind.value} holds rows without their sequences, but decomposition.{setting} "
+        "trains on whole ones; write activations=live",
     )
     require(
         cfg.training.batch_tokens % cfg.tokens.seq_len == 0,
         f"training.batch_tokens={cfg.training.batch_tokens} must be a multiple of tokens.seq_len={cfg.tokens.seq_len}, "
-        "since decomposition.end_to_end trains on whole sequences",
+        f"since decomposition.{setting} trains on whole sequences",
     )
 
 

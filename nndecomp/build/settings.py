@@ -7,8 +7,9 @@ import torch
 
 from nndecomp.activations.buffer import check_capacity
 from nndecomp.activations.harvest import check_positions
+from nndecomp.activations.sequences import check_sequences
 from nndecomp.activations.store import open_store
-from nndecomp.build.end_to_end import check_batches, check_wiring, is_end_to_end
+from nndecomp.build.end_to_end import attends, check_batches, check_wiring, is_end_to_end
 from nndecomp.build.members import Member, decompositions, members
 from nndecomp.build.presets import world
 from nndecomp.build.pursuing import check_pursuit
@@ -142,7 +143,11 @@ def trainable(cfg: RunConfig) -> dict[str, Member]:
     found = {name: each for name, each in every.items() if each.config.architecture is not Architecture.neurons}
     require(bool(found), "decomposition.architecture=neurons is a baseline that is never trained; write another one")
     if is_end_to_end(found):
-        check_batches(cfg)
+        check_batches(cfg, "end_to_end")
+    elif attends(found):
+        check_batches(cfg, "architecture=lorsa")
+        rows_at_most = cfg.activations.batch_seqs * cfg.tokens.seq_len
+        check_sequences(cfg.activations.buffer_tokens, cfg.training.batch_tokens, rows_at_most, cfg.tokens.seq_len)
     elif cfg.activations.kind is ActivationsKind.live:
         rows_at_most = cfg.activations.batch_seqs * cfg.tokens.seq_len
         check_capacity(cfg.activations.buffer_tokens, cfg.training.batch_tokens, rows_at_most)

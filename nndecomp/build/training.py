@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nndecomp.build.data import initial_rows, scales, stream
-from nndecomp.build.end_to_end import is_end_to_end, sequences
+from nndecomp.activations.sequences import SequenceBuffer, Sequences
+from nndecomp.activations.stream import RowStream
+from nndecomp.build.data import initial_rows, initial_sequences, scales, sequences, stream
+from nndecomp.build.end_to_end import attends, clean_sequences, is_end_to_end
 from nndecomp.build.measuring import heldout, measured, scores
 from nndecomp.build.members import Member
 from nndecomp.build.settings import trainable
@@ -19,6 +21,7 @@ from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.objective import DictionaryObjective
 from nndecomp.targets.base import Target
 from nndecomp.tokens import heldout_tokens
+from nndecomp.training.clean_sequences import CleanSequences
 from nndecomp.training.end_to_end import EndToEndObjective
 from nndecomp.training.log import Log
 from nndecomp.training.loop import train
@@ -38,7 +41,7 @@ def trained(
         heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
     local, sites = _untrained(cfg, target, members)
     through = is_end_to_end(members)
-    rows = sequences(cfg, target, sites, members) if through else stream(cfg, target, sites)
+    rows = _batches(cfg, target, sites, members)
     objectives = {name: EndToEndObjective(each, target) for name, each in local.items()} if through else local
     if not saved_steps(out / "checkpoint"):
         begin(cfg, target, local, members, sites)
@@ -77,6 +80,15 @@ def _untrained(
     }, sites
 
 
+def _batches(
+    cfg: RunConfig, target: Target, sites: Sequence[Site], members: Mapping[str, Member]
+) -> RowStream | SequenceBuffer | CleanSequences:
+    """One stream for all: of rows where that is enough, else of whole sequences."""
+    if is_end_to_end(members):
+        return clean_sequences(cfg, target, sites, members)
+    return (sequences if attends(members) else stream)(cfg, target, sites)
+
+
 def begin(
     cfg: RunConfig,
     target: Target,
@@ -86,9 +98,11 @@ def begin(
 ) -> None:
     """Starts every objective, from as many as it asks for of rows that all have in common."""
     n = {name: members[name].config.initial_tokens for name in objectives}
-    rows = initial_rows(cfg, target, sites, max(n.values()))
+    attends = any(objective.dictionary.needs_sequences for objective in objectives.values())
+    rows = (initial_sequences if attends else initial_rows)(cfg, target, sites, max(n.values()))
     for name, objective in objectives.items():
-        objective.start(rows[: n[name]], target, members[name].seed)
+        first = rows.first(n[name]) if isinstance(rows, Sequences) else rows[: n[name]]
+        objective.start(first, target, members[name].seed)
 
 
 def looking(

@@ -105,7 +105,7 @@ class DecompositionConfig:
     archetypes: int = 4096  # archetypal: data points whose hull the decoder starts in
     archetypal_slack: float = 1.0  # how far a row may leave the hull, as a share of the mean distance of its points
     directions: Directions = Directions.random
-    subspace_share: float = 0.5  # active_subspace: of the principal directions
+    subspace_share: float = 0.5  # active_subspace, heads: of the principal directions
     tied: bool | None = None  # the encoder starts as the decoder's transpose; null: where a group writes what it reads
     decoder_norm: float | None = None  # initial; null: 1 where tied or unit_norm, else 0.1
     decoder_norm_search: bool = False  # initial norms, the best of a grid on data

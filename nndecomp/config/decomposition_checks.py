@@ -93,7 +93,11 @@ def check_effects(cfg: Settings) -> None:
         (cfg.dead is Dead.aux_k, "dead=aux_k", ("aux_k",)),
         (cfg.dead is Dead.resample, "dead=resample", ("resample_every", "resample_scale")),
         (cfg.decoder is Decoder.archetypal, "decoder=archetypal", ("archetypes", "archetypal_slack")),
-        (cfg.directions is Directions.active_subspace, "directions=active_subspace", ("subspace_share",)),
+        (
+            cfg.directions in (Directions.active_subspace, Directions.heads),
+            "directions=active_subspace or heads",
+            ("subspace_share",),
+        ),
         (cfg.decoder is not Decoder.unit_norm, "decoder=free", ("decoder_norm_search",)),
         (cfg.decoder_norm is None, "decoder_norm=null", ("decoder_norm_search",)),
         (cfg.activation is not Activation.matching_pursuit, "an encoder to centre", ("centre_pre_activations",)),

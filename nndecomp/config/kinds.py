@@ -108,6 +108,7 @@ class Directions(Enum):
     random = "random"
     active_subspace = "active_subspace"  # random within the leading principal directions of what is written
     mlp_response = "mlp_response"  # what the target's own MLP answers to the feature's encoder direction
+    heads = "heads"  # lorsa: what the target's own heads read and write, along leading directions of their values
     neurons = "neurons"  # the MLP's own neurons: what they read and write; further features are random
 
 

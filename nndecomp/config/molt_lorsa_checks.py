@@ -12,7 +12,6 @@ from nndecomp.config.kinds import (
     Decoder,
     Directions,
     Encoder,
-    EndToEnd,
 )
 
 # A DecompositionConfig, which cannot be named here: its file imports this one.
@@ -27,20 +26,20 @@ _SELECTING_OR_POINTWISE = (
 _BOTH: dict[str, tuple[Any, ...]] = {
     "activation": _SELECTING_OR_POINTWISE,
     "dead": (Dead.none, Dead.aux_k),
-    "directions": (Directions.random,),
     "tied": (None,),
     "centre_input": (False,),
     "decoder_norm_search": (False,),
 }
 # Settings whose other values speak of a decoder row, or of tokens one by one.
 _ALLOWED: dict[Architecture, dict[str, tuple[Any, ...]]] = {
-    Architecture.molt: _BOTH | {"decoder": (Decoder.free,), "matryoshka": (None,)},
+    Architecture.molt: _BOTH | {"decoder": (Decoder.free,), "matryoshka": (None,), "directions": (Directions.random,)},
     Architecture.lorsa: _BOTH
     | {
         "decoder": (Decoder.free, Decoder.unit_norm),
+        "directions": (Directions.random, Directions.active_subspace, Directions.heads),
+        "matryoshka": (None,),  # a prefix would be the features of a few patterns
         "encoder": (Encoder.linear,),
         "skip": (False,),
-        "end_to_end": (EndToEnd.none,),
         "centre_pre_activations": (False,),
     },
 }
@@ -60,6 +59,11 @@ def check_molt_and_lorsa(cfg: Settings) -> None:
         value = getattr(cfg, name)
         require(value is None or value > 0, f"decomposition.{name}={value} must be positive, or null: as the target's")
     lorsa = cfg.architecture is Architecture.lorsa
+    require(
+        cfg.directions is not Directions.heads or (lorsa and cfg.attention_start is AttentionStart.target),
+        "decomposition.directions=heads takes features from the target's heads of attention; it needs "
+        "decomposition.architecture=lorsa and decomposition.attention_start=target",
+    )
     for name, default in (("n_qk_heads", None), ("d_qk", None), ("rotary", True)):
         value = getattr(cfg, name)
         require(

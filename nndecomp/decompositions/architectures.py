@@ -9,12 +9,10 @@ from nndecomp.decompositions.spec import ActivationSpec, DictionarySpec
 from nndecomp.decompositions.wiring import wire
 from nndecomp.targets.base import Shape
 
-_NO_DICTIONARY = (Architecture.neurons, Architecture.lorsa)
-
 
 def dictionary_spec(cfg: DecompositionConfig, shape: Shape, target: str) -> DictionarySpec:
     """What `build_dictionary` builds; raises SettingError as `wire` does."""
-    assert cfg.architecture not in _NO_DICTIONARY, f"{cfg.architecture.value} is not a list of groups"
+    assert cfg.architecture is not Architecture.neurons, f"{cfg.architecture.value} is not a list of groups"
     wiring = wire(cfg, shape)
     return DictionarySpec(
         architecture=cfg.architecture.value,

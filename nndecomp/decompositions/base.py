@@ -1,6 +1,6 @@
 """The face that every decomposition shows to training, evaluation and reports.
 
-x      [token, d_reads]    activations at `reads`, side by side
+x      [token, d_reads]    activations at `reads`, side by side; where `needs_sequences`, as `Sequences`
 y_hat  [token, d_writes]   its account of the activations at `writes`, side by side
 """
 
@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nndecomp.activations.sequences import RowsOrSequences
 from nndecomp.types import Layout, Site
 
 
@@ -49,7 +50,7 @@ class Active(Protocol):
 class LiveRun(Protocol):
     """One forward pass in which the decomposition answers site by site, in model order."""
 
-    def read(self, site: Site, value: Float[Tensor, "token width"]) -> None:
+    def read(self, site: Site, value: RowsOrSequences) -> None:
         """Take in what arrives at a site of `reads`."""
         ...
 
@@ -69,9 +70,16 @@ class Decomposition(nn.Module, ABC):
     write_layout: Layout  # columns of y
     costs: tuple[GroupCost, ...]  # one a group
 
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether it explains a position by others before it. Then x, and what a live run reads, are `Sequences`: the
+        values of all positions, and which of them count. Only these are explained, but all before them are attended to, as
+        the target does (BOS and the first positions too; padding stands after the text, where nothing looks)."""
+        return False
+
     @abstractmethod
-    def forward(self, x: Float[Tensor, "token d_reads"]) -> tuple[Float[Tensor, "token d_writes"], Active]:
-        """Reconstruction and what was active. In eval mode each token is treated on its own."""
+    def forward(self, x: RowsOrSequences) -> tuple[Float[Tensor, "token d_writes"], Active]:
+        """Reconstruction and what was active. In eval mode each token is treated on its own, or each sequence."""
 
     @abstractmethod
     def live_obstacle(self) -> str | None:

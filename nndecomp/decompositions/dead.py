@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from nndecomp.activations.sequences import RowsOrSequences
 from nndecomp.decompositions.groups import SparseDictionary
 
 
@@ -72,7 +73,7 @@ def ghost(
 
 
 def dead_pre_activations(
-    dictionary: SparseDictionary, x: Float[Tensor, "token d_reads"], group: int, dead: Int[Tensor, "dead"]
+    dictionary: SparseDictionary, x: RowsOrSequences, group: int, dead: Int[Tensor, "dead"]
 ) -> Float[Tensor, "token dead"]:
     """Of some features of a group, by their own rows of its encoder alone. The input is given: no gradient goes there."""
     return dictionary.banks[group].pre_activations(dictionary.read(x, group).detach(), dead)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.config.schema import Activation, CodeNormalisation
 from nndecomp.decompositions.base import GroupCost
 from nndecomp.decompositions.codes import GroupCodes
@@ -90,13 +91,18 @@ class Group(nn.Module):
             return x @ (self.W_enc if features is None else self.W_enc[features]).T
         return self.encoder(x, features)
 
-    def contribution(self, x: Float[Tensor, "token d_read"], codes: GroupCodes) -> Float[Tensor, "token d_write"]:
+    def seen(self, x: RowsOrSequences) -> Float[Tensor, "token _"]:
+        """What the encoder sees of what the group reads."""
+        assert isinstance(x, Tensor), f"group {self.name} takes tokens one by one"
+        return x
+
+    def contribution(self, x: RowsOrSequences, codes: GroupCodes) -> Float[Tensor, "token d_write"]:
         """What the group adds to its write span; x is what it reads, not centred."""
         features = codes.decode(self.W_dec)
-        return features if self.W_skip is None else features + x @ self.W_skip
+        return features if self.W_skip is None else features + rows_of(x) @ self.W_skip
 
     def answers(
-        self, x: Float[Tensor, "token d_read"], codes: Float[Tensor, "token chosen"], chosen: Int[Tensor, "chosen"]
+        self, x: RowsOrSequences, codes: Float[Tensor, "token chosen"], chosen: Int[Tensor, "chosen"]
     ) -> Float[Tensor, "token d_write"]:
         """What some features alone make of their codes."""
         return codes @ self.W_dec[chosen]

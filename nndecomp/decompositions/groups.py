@@ -19,10 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nndecomp.activations.sequences import RowsOrSequences, Sequences
 from nndecomp.config.schema import CodeNormalisation
 from nndecomp.decompositions.activation import make_activation
 from nndecomp.decompositions.activation_base import Selecting
 from nndecomp.decompositions.activation_pointwise import JumpRelu
+from nndecomp.decompositions.attention import AttentionGroup
 from nndecomp.decompositions.base import Decomposition, GroupCost
 from nndecomp.decompositions.codes import Codes, Encoding
 from nndecomp.decompositions.encoding import encode
@@ -104,19 +106,28 @@ class SparseDictionary(Pretrained, Decomposition):
         groups = [(group, self.scale(g)) for g, group in enumerate(codes)]
         return Codes(tuple(replace(group, values=group.weighted(c)) for group, c in groups))
 
-    def read(self, x: Float[Tensor, "token d_reads"], group: int) -> Float[Tensor, "token d_read"]:
+    @property
+    def needs_sequences(self) -> bool:
+        return any(isinstance(bank, AttentionGroup) for bank in self.banks)
+
+    def read(self, x: RowsOrSequences, group: int) -> Float[Tensor, "token _"]:
         """What one group's encoder sees of x."""
-        return self.centred(x[:, self.banks[group].reads], group)
+        return self.seen(x[:, self.banks[group].reads], group)
 
-    def centred(self, x: Float[Tensor, "token d_read"], group: int) -> Float[Tensor, "token d_read"]:
-        return x - self.b_dec[self.banks[group].reads] if self.centres else x
+    def seen(self, read: RowsOrSequences, group: int) -> Float[Tensor, "token _"]:
+        """The same, of what the group reads."""
+        bank = self.banks[group]
+        return bank.seen(read - self.b_dec[bank.reads] if self.centres else read)
 
-    def encode(self, x: Float[Tensor, "token d_reads"]) -> Codes:
+    def encode(self, x: RowsOrSequences) -> Codes:
         return self.encoding(x).codes
 
-    def encoding(self, x: Float[Tensor, "token d_reads"]) -> Encoding:
+    def encoding(self, x: RowsOrSequences) -> Encoding:
         """Codes, with what losses want to know beside them."""
-        assert x.ndim == 2, f"rows are [token, d_reads], not {tuple(x.shape)}: flatten sequences first"
+        if self.needs_sequences:
+            assert isinstance(x, Sequences), "attention needs whole sequences, not tokens one by one"
+        else:
+            assert isinstance(x, Tensor) and x.ndim == 2, "rows are [token, d_reads]: flatten sequences first"
         groups = range(len(self.groups))
         return self.encode_groups([self.read(x, g) for g in groups], groups)
 
@@ -132,14 +143,14 @@ class SparseDictionary(Pretrained, Decomposition):
         each = zip(encoding.pres, encoding.scales, strict=True)
         return [self.activation.active(pre, g, c) for g, (pre, c) in enumerate(each)]
 
-    def decode(self, codes: Codes, x: Float[Tensor, "token d_reads"]) -> Float[Tensor, "token d_writes"]:
+    def decode(self, codes: Codes, x: RowsOrSequences) -> Float[Tensor, "token d_writes"]:
         """x is read only by the linear skip."""
         y_hat = self.b_dec.repeat(codes.n_tokens, 1)
         for bank, group_codes in zip(self.banks, codes, strict=True):
             y_hat[:, bank.writes] += bank.contribution(x[:, bank.reads], group_codes)
         return y_hat
 
-    def forward(self, x: Float[Tensor, "token d_reads"]) -> tuple[Float[Tensor, "token d_writes"], Codes]:
+    def forward(self, x: RowsOrSequences) -> tuple[Float[Tensor, "token d_writes"], Codes]:
         codes = self.encode(x)
         return self.decode(codes, x), self.counted(codes)
 
@@ -212,4 +223,6 @@ class SparseDictionary(Pretrained, Decomposition):
 
 
 def _kind(group: GroupSpec) -> type[Group]:
+    if group.attention is not None:
+        return AttentionGroup
     return TransformGroup if group.ranks else Group

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nndecomp.config.schema import Architecture, DecompositionConfig
+from nndecomp.decompositions.attention import AttentionGroup
 from nndecomp.decompositions.encoders import GluEncoder
 from nndecomp.decompositions.geometry import unit
 from nndecomp.decompositions.groups import SparseDictionary
@@ -38,7 +39,7 @@ def initial_decoder_norm(cfg: DecompositionConfig) -> float:
 def randomise(dictionary: SparseDictionary, seed: int, decoder_norm: float, tied: bool | None) -> None:
     """Random directions: unit encoder rows, decoder rows of `decoder_norm` at every site they write.
 
-    With inputs scaled to E|x|^2 = width, unit encoder rows give pre-activations of unit variance. Directions depend on the
+    With inputs scaled to E|x|^2 = width, unit encoder rows give pre-activations of unit variance, and scores of attention too. Directions depend on the
     seed and the sites alone, not on the other groups: a layer starts the same in a stack as by itself, and the same in a
     transcoder as in a cross-layer one. Groups that write parts of what one encoder reads have, together, rows of `decoder_norm`.
     """
@@ -49,6 +50,9 @@ def randomise(dictionary: SparseDictionary, seed: int, decoder_norm: float, tied
             bank.W_enc.copy_(W_enc)
         if isinstance(bank.encoder, GluEncoder):
             bank.encoder.W_glu.copy_(_directions(f"{seed} W_glu {reads}", *bank.W_enc.shape))
+        if isinstance(bank, AttentionGroup):
+            for name, W in (("W_Q", bank.W_Q), ("W_K", bank.W_K)):
+                W.copy_(_directions(f"{seed} {name} {reads}", *W.flatten(0, 1).shape).view_as(W))
         if isinstance(bank, TransformGroup):
             V, U = (_directions(f"{seed} {name} {reads}", *W.shape) for name, W in (("V", bank.V), ("U", bank.U)))
             bank.start_decoder(V, U, decoder_norm)

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nndecomp.activations.sequences import RowsOrSequences, beside
 from nndecomp.decompositions.codes import Codes, GroupCodes
 from nndecomp.types import Site
 
@@ -18,11 +18,11 @@ class DictionaryRun:
 
     def __init__(self, dictionary: "SparseDictionary") -> None:
         self._dictionary = dictionary
-        self._values: dict[Site, Tensor] = {}
+        self._values: dict[Site, RowsOrSequences] = {}
         self._codes: dict[int, GroupCodes] = {}
         self._y_hat: Tensor | None = None
 
-    def read(self, site: Site, value: Float[Tensor, "token width"]) -> None:
+    def read(self, site: Site, value: RowsOrSequences) -> None:
         dictionary = self._dictionary
         assert site in dictionary.read_layout.spans, f"{site} is not read"
         assert site not in self._values, f"{site} was read before in this pass"
@@ -37,9 +37,9 @@ class DictionaryRun:
     def _encode(self, groups: tuple[int, ...], y_hat: Float[Tensor, "token d_writes"]) -> None:
         dictionary = self._dictionary
         reads = [[self._values[read] for read in dictionary.spec.groups[g].reads] for g in groups]
-        inputs = [torch.cat(values, 1) if len(values) > 1 else values[0] for values in reads]
-        centred = [dictionary.centred(x, g) for x, g in zip(inputs, groups, strict=True)]
-        encoded = dictionary.encode_groups(centred, groups).codes
+        inputs = [beside(values) if len(values) > 1 else values[0] for values in reads]
+        seen = [dictionary.seen(x, g) for x, g in zip(inputs, groups, strict=True)]
+        encoded = dictionary.encode_groups(seen, groups).codes
         for g, x, codes in zip(groups, inputs, encoded, strict=True):
             bank = dictionary.banks[g]
             self._codes[g] = codes

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.decompositions.codes import Codes, GroupCodes, SparseCodes
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.kernels import Support
@@ -22,13 +23,13 @@ def block_sizes(n_features: int, shares: Sequence[float]) -> list[int]:
 
 
 def prefix_reconstructions(
-    dictionary: SparseDictionary, codes: Codes, x: Float[Tensor, "token d_reads"], shares: Sequence[float]
+    dictionary: SparseDictionary, codes: Codes, x: RowsOrSequences, shares: Sequence[float]
 ) -> list[Float[Tensor, "token d_writes"]]:
     """y_hat from the first block of every group, from the first two, ..., from all; bias and skip are in each."""
     y_hat = dictionary.b_dec.repeat(codes.n_tokens, 1)
     for bank in dictionary.banks:
         if bank.W_skip is not None:
-            y_hat[:, bank.writes] += x[:, bank.reads] @ bank.W_skip
+            y_hat[:, bank.writes] += rows_of(x[:, bank.reads]) @ bank.W_skip
     blocks = [
         decode_blocks(group, bank.W_dec, block_sizes(bank.n_features, shares))
         for bank, group in zip(dictionary.banks, codes, strict=True)

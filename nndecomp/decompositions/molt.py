@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.config.schema import CodeNormalisation
 from nndecomp.decompositions.base import GroupCost
 from nndecomp.decompositions.codes import DenseCodes, GroupCodes
@@ -50,8 +51,9 @@ class TransformGroup(Group):
             return self.V.new_ones(self.n_features)
         return combined_norms(frobenius_norms(self.V, self.U, self.ranks)[:, None], kind, mixed_weights)
 
-    def contribution(self, x: Float[Tensor, "token d_read"], codes: GroupCodes) -> Float[Tensor, "token d_write"]:
+    def contribution(self, x: RowsOrSequences, codes: GroupCodes) -> Float[Tensor, "token d_write"]:
         """Of sparse codes the active transforms alone; dense ones have gradients everywhere, so all are computed."""
+        x = rows_of(x)
         if isinstance(codes, DenseCodes):
             h = x @ self.V.T - self.b_V
             y = (codes.values.to(h.dtype).index_select(1, self.transform) * h) @ self.U
@@ -60,12 +62,12 @@ class TransformGroup(Group):
         return y if self.W_skip is None else y + x @ self.W_skip
 
     def answers(
-        self, x: Float[Tensor, "token d_read"], codes: Float[Tensor, "token chosen"], chosen: Int[Tensor, "chosen"]
+        self, x: RowsOrSequences, codes: Float[Tensor, "token chosen"], chosen: Int[Tensor, "chosen"]
     ) -> Float[Tensor, "token d_write"]:
         """What some transforms alone make of x, without the skip."""
         atoms = torch.isin(self.transform, chosen).nonzero()[:, 0]
         column = torch.searchsorted(chosen, self.transform.index_select(0, atoms))
-        h = x @ self.V.index_select(0, atoms).T - self.b_V.index_select(0, atoms)
+        h = rows_of(x) @ self.V.index_select(0, atoms).T - self.b_V.index_select(0, atoms)
         return (codes.index_select(1, column) * h) @ self.U.index_select(0, atoms)
 
     def costs(self, spec: GroupSpec) -> tuple[GroupCost, ...]:

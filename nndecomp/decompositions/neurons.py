@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.config.schema import DecompositionConfig
 from nndecomp.decompositions.base import Decomposition, GroupCost
 from nndecomp.decompositions.codes import Codes, SparseCodes
@@ -69,8 +70,8 @@ class NeuronBaseline(Decomposition):
     def decode_layer(self, codes: SparseCodes, group: int) -> Float[Tensor, "token d_model"]:
         return self._mlp_out_of(self.layers[group], codes.dense())
 
-    def forward(self, x: Float[Tensor, "token d_reads"]) -> tuple[Float[Tensor, "token d_writes"], Codes]:
-        hidden = [x[:, self.read_layout.spans[site]] for site in self.reads]
+    def forward(self, x: RowsOrSequences) -> tuple[Float[Tensor, "token d_writes"], Codes]:
+        hidden = [rows_of(x)[:, self.read_layout.spans[site]] for site in self.reads]
         codes = [self.encode_layer(h, g) for g, h in enumerate(hidden)]
         return torch.cat([self.decode_layer(c, g) for g, c in enumerate(codes)], 1), Codes(tuple(codes))
 
@@ -86,9 +87,9 @@ class NeuronRun:
         self._baseline = baseline
         self._codes: dict[int, SparseCodes] = {}
 
-    def read(self, site: Site, value: Float[Tensor, "token width"]) -> None:
+    def read(self, site: Site, value: RowsOrSequences) -> None:
         group = self._baseline.reads.index(site)
-        self._codes[group] = self._baseline.encode_layer(value, group)
+        self._codes[group] = self._baseline.encode_layer(rows_of(value), group)
 
     def write(self, site: Site) -> Float[Tensor, "token width"]:
         group = self._baseline.writes.index(site)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.activations.statistics import SiteScale
 from nndecomp.config.schema import Dead, Decoder, DecompositionConfig, TrainingConfig
 from nndecomp.decompositions import archetypal, losses, terms
@@ -35,7 +36,7 @@ class _Step:
 
     encoding: Encoding
     fired: Bool[Tensor, "all_features"]
-    x: Float[Tensor, "token d_reads"]
+    x: RowsOrSequences
     residual: Float[Tensor, "token d_writes"]
 
 
@@ -82,20 +83,25 @@ class DictionaryObjective(nn.Module):
         if isinstance(self.dictionary.activation, Selecting):
             self.dictionary.activation.k = k
 
-    def start(self, rows: Float[Tensor, "token width"], target: Target | None = None, seed: int = 0) -> None:
+    def split(self, rows: RowsOrSequences) -> tuple[RowsOrSequences, Float[Tensor, "token d_writes"]]:
+        """What is read, in sequences where it must be, and what is to be written, in the units of training."""
+        x = self.reads(rows)
+        return x if self.dictionary.needs_sequences else rows_of(x), rows_of(self.writes(rows))
+
+    def start(self, rows: RowsOrSequences, target: Target | None = None, seed: int = 0) -> None:
         """What the settings say about the start, from rows and the target's own weights; once, before the first step. Without
         it training starts from its first batch.
         """
         assert self._tokens_seen == 0, f"a start after {self._tokens_seen} tokens of training"
-        given = Given(self.reads(rows), self.writes(rows), self.reads, self.writes, target, seed)
+        given = Given(*self.split(rows), self.reads, self.writes, target, seed)
         start(self.dictionary, self.cfg, given)
         self._started = True
 
-    def loss(self, rows: Float[Tensor, "token width"], progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def loss(self, rows: RowsOrSequences, progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Loss of a batch and detached metrics. `progress`, from 0 to 1, drives the schedules of k and penalty."""
         if self.training and self._tokens_seen == 0 and not self._started:
             self.start(rows)
-        x, y = self.reads(rows), self.writes(rows)
+        x, y = self.split(rows)
         # An archetypal decoder is computed once a step: the first time, with its gradient.
         with parametrize.cached():
             decoders = [bank.W_dec for bank in self.dictionary.banks if self.cfg.decoder is Decoder.archetypal]
@@ -103,7 +109,7 @@ class DictionaryObjective(nn.Module):
             return self._loss(x, y, progress)
 
     def _loss(
-        self, x: Float[Tensor, "token d_reads"], y: Float[Tensor, "token d_writes"], progress: float
+        self, x: RowsOrSequences, y: Float[Tensor, "token d_writes"], progress: float
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         self._anneal_k(progress)
         encoding = self.dictionary.encoding(x)

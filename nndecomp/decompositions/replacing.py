@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nndecomp.activations.sequences import Sequences as WholeSequences
 from nndecomp.decompositions.base import LiveRun
 from nndecomp.targets.base import Replace
 from nndecomp.types import Site
@@ -28,6 +29,10 @@ class Sequences:
     def rows(self, value: Float[Tensor, "batch pos width"]) -> Float[Tensor, "token width"]:
         """The kept positions, as float32 rows."""
         return value.flatten(0, 1).index_select(0, self.kept).float()
+
+    def whole(self, value: Float[Tensor, "batch pos width"]) -> WholeSequences:
+        """All positions, in float32, and which of them count."""
+        return WholeSequences(value.float(), self.kept)
 
     def put(
         self, value: Float[Tensor, "batch pos width"], rows: Float[Tensor, "token width"]
@@ -45,6 +50,8 @@ class Answering(Protocol):
     def reads(self) -> tuple[Site, ...]: ...
     @property
     def writes(self) -> tuple[Site, ...]: ...
+    @property
+    def needs_sequences(self) -> bool: ...
     def live_run(self) -> LiveRun: ...
 
 
@@ -72,6 +79,7 @@ def live(
     runs = [each.live_run() for each in decompositions]
     writer = {site: run for each, run in zip(decompositions, runs, strict=True) for site in each.writes}
     readers: dict[Site, list[LiveRun]] = {site: [] for site in sites}
+    attending = {id(run) for each, run in zip(decompositions, runs, strict=True) if each.needs_sequences}
     for each, run in zip(decompositions, runs, strict=True):
         for site in each.reads:
             readers.setdefault(site, []).append(run)
@@ -85,10 +93,11 @@ def live(
                 rows = writer[site].write(site)
                 if witness is not None:
                     witness(site, arrived, rows)
+            leaving = batch.put(value, rows) if site in sites else value
             for run in readers[site]:
                 if site not in sites or run is not writer[site]:
-                    run.read(site, rows)
-            return batch.put(value, rows) if site in sites else None
+                    run.read(site, batch.whole(leaving) if id(run) in attending else rows)
+            return leaving if site in sites else None
 
         return replace
 

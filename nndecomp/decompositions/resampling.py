@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nndecomp.activations.sequences import RowsOrSequences
 from nndecomp.decompositions.dead import families
 from nndecomp.decompositions.groups import SparseDictionary
 
@@ -26,7 +27,7 @@ Rows = list[tuple[nn.Parameter, Int[Tensor, "row"]]]
 def resample(
     dictionary: SparseDictionary,
     dead: Sequence[Int[Tensor, "_"]],
-    x: Float[Tensor, "token d_reads"],
+    x: RowsOrSequences,
     residual: Float[Tensor, "token d_writes"],
     share: float,
 ) -> Rows:

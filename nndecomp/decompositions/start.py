@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nndecomp.config.schema import Decoder, DecompositionConfig, Directions, InitialBias
+from nndecomp.activations.sequences import RowsOrSequences, rows_of
+from nndecomp.config.schema import AttentionStart, Decoder, DecompositionConfig, Directions, InitialBias
 from nndecomp.decompositions import archetypal
+from nndecomp.decompositions.attention import AttentionGroup
 from nndecomp.decompositions.geometry import geometric_median, principal_directions, unit
 from nndecomp.decompositions.group import Group
 from nndecomp.decompositions.groups import SparseDictionary
@@ -36,7 +38,7 @@ AT_A_TIME = 1024  # rows
 class Given:
     """What a start has to go by."""
 
-    x: Float[Tensor, "token d_reads"]
+    x: RowsOrSequences
     y: Float[Tensor, "token d_writes"]
     reads: Columns
     writes: Columns
@@ -50,13 +52,15 @@ def start(dictionary: SparseDictionary, cfg: DecompositionConfig, given: Given) 
     dictionary.b_dec.copy_(initial_bias(given.y, dictionary.write_layout, cfg.initial_bias))
     for spec, bank in zip(dictionary.spec.groups, dictionary.banks, strict=True):
         place_decoder(dictionary, spec, bank, cfg, given)
+        if isinstance(bank, AttentionGroup) and cfg.attention_start is AttentionStart.target:
+            attend_as_target(spec, bank, given)
         if cfg.unit_norm_decoder:
             bank.W_dec.copy_(unit(bank.W_dec))
     if cfg.centre_pre_activations:
         for g, bank in enumerate(dictionary.banks):
-            centre_pre_activations(dictionary, bank, g, given.x)
+            centre_pre_activations(dictionary, bank, g, rows_of(given.x))
     if cfg.decoder_norm_search:
-        search_decoder_norm(dictionary, given.x, given.y)
+        search_decoder_norm(dictionary, rows_of(given.x), given.y)
 
 
 def place_decoder(
@@ -76,6 +80,9 @@ def place_decoder(
             answer_as_mlp(spec, bank, given, dictionary)
         case Directions.neurons:
             become_neurons(spec, bank, given, dictionary)
+        case Directions.heads:
+            assert isinstance(bank, AttentionGroup), "checked with the settings"
+            move_as_heads(spec, bank, given, cfg.subspace_share)
     if bank.encoder is not None and is_tied(spec, cfg.tied):
         columns = read_columns(dictionary, spec)
         norms = bank.W_enc[:, columns].norm(dim=1, keepdim=True)
@@ -108,7 +115,7 @@ def answer_as_mlp(spec: GroupSpec, bank: Group, given: Given, dictionary: Sparse
     read and R its mean distance from it. At later layers rows start at zero: the MLP does not write there.
     """
     target, own = _target(given), mlp_out_of(spec)
-    x = given.x[:, bank.reads]
+    x = rows_of(given.x[:, bank.reads])
     mean = x.mean(0)
     radius = (x - mean).norm(dim=1).mean()
     reads, writes = given.reads, given.writes
@@ -135,6 +142,44 @@ def become_neurons(spec: GroupSpec, bank: Group, given: Given, dictionary: Spars
     bank.b_enc[:n] = (neurons.bias[chosen] + neurons.read[chosen] @ given.reads.m[bank.reads]) / norm
     columns = dictionary.write_layout.spans[own]
     _write_at(bank, columns, neurons.write[chosen] / given.writes.s[columns])
+
+
+def attend_as_target(spec: GroupSpec, bank: AttentionGroup, given: Given) -> None:
+    """Patterns are those of the target's heads, each as often as patterns are asked for, adjacent ones the same."""
+    heads = _target(given).heads_of(spec.reads[0])
+    s, m = given.reads.s[bank.reads], given.reads.m[bank.reads]
+    times = bank.n_patterns // len(heads.W_Q)
+    # Its scores may be scaled otherwise.
+    scale = heads.scale * bank.d_qk**0.5
+    for own_W, own_b, W, b in (
+        (bank.W_Q, bank.b_Q, scale * heads.W_Q, scale * heads.b_Q),
+        (bank.W_K, bank.b_K, heads.W_K, heads.b_K),
+    ):
+        own_W.copy_((W.mT * s).repeat_interleave(times, 0))
+        own_b.copy_((b + m @ W).repeat_interleave(times, 0))
+
+
+def move_as_heads(spec: GroupSpec, bank: AttentionGroup, given: Given, share: float) -> None:
+    """Each feature a direction of its head's values, a random one of the leading principal directions of these: v_i = W_V a and
+    o_i ~ a W_O, so that with all of them a head's output can be had. Norms stay as they are.
+
+    Llamascopium starts so, with directions in what is read; here they are taken in the head's d_head values, where there
+    are no others.
+    """
+    heads = _target(given).heads_of(spec.reads[0])
+    times = bank.n_patterns // len(heads.W_V)
+    x = rows_of(given.x[:, bank.reads]) * given.reads.s[bank.reads] + given.reads.m[bank.reads]
+    own = bank.n_features // len(heads.W_V)
+    draw = torch.Generator().manual_seed(given.seed)
+    v, o = [], []
+    for W_V, W_O in zip(heads.W_V, heads.W_O, strict=True):
+        U = principal_directions(x @ W_V, max(1, round(share * W_V.shape[1])))
+        a = torch.randn(own, U.shape[1], generator=draw).to(U) @ U.T
+        v.append(a @ W_V.T * given.reads.s[bank.reads])
+        o.append(a @ W_O / given.writes.s[bank.writes])
+    assert times * len(heads.W_V) == bank.n_patterns, "checked with the wiring"
+    for W, rows in ((bank.W_enc, torch.cat(v)), (bank.W_dec, torch.cat(o))):
+        W.copy_(unit(rows) * W.norm(dim=1, keepdim=True))
 
 
 def mlp_out_of(spec: GroupSpec) -> Site:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.config.schema import CodeNormalisation, Dead, DecompositionConfig, PreActivationLoss
 from nndecomp.decompositions import losses, penalties
 from nndecomp.decompositions.activation_pointwise import JumpRelu
@@ -24,7 +25,7 @@ class Batch:
     dictionary: SparseDictionary
     cfg: DecompositionConfig
     encoding: Encoding
-    x: Float[Tensor, "token d_reads"]
+    x: RowsOrSequences
     y: Float[Tensor, "token d_writes"]
 
     def reconstruction(self, residual: Float[Tensor, "token d_writes"]) -> Float[Tensor, ""]:
@@ -54,7 +55,7 @@ def gate(batch: Batch) -> Float[Tensor, ""] | None:
     for bank, own in zip(dictionary.banks, gates, strict=True):
         y_hat[:, bank.writes] += DenseCodes(own).decode(seen(bank.W_dec))
         if bank.W_skip is not None:
-            y_hat[:, bank.writes] += batch.x[:, bank.reads] @ seen(bank.W_skip)
+            y_hat[:, bank.writes] += rows_of(batch.x[:, bank.reads]) @ seen(bank.W_skip)
     return batch.cfg.gate_coefficient * batch.reconstruction(batch.y - y_hat)
 
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nndecomp.activations.sequences import RowsOrSequences, beside
 from nndecomp.activations.statistics import SiteScale, affine
 from nndecomp.types import Layout, Site
 
@@ -26,12 +27,12 @@ class Columns(nn.Module):
         self.register_buffer("m", torch.cat([part.mean for part in parts]))
         self.register_buffer("s", torch.cat([part.scale for part in parts]))
 
-    def forward(self, rows: Float[Tensor, "token width"]) -> Float[Tensor, "token columns"]:
-        """What a dictionary sees of rows."""
-        own = rows[:, self.span] if self.span is not None else torch.cat([rows[:, span] for span in self.spans], 1)
+    def forward(self, rows: RowsOrSequences) -> RowsOrSequences:
+        """What a dictionary sees of rows, or of sequences."""
+        own = rows[:, self.span] if self.span is not None else beside([rows[:, span] for span in self.spans])
         return (own - self.m) / self.s
 
-    def normalised(self, site: Site, raw: Float[Tensor, "token d"]) -> Float[Tensor, "token d"]:
+    def normalised(self, site: Site, raw: RowsOrSequences) -> RowsOrSequences:
         """Of one site."""
         span = self.layout.spans[site]
         return (raw - self.m[span]) / self.s[span]

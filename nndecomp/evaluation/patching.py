@@ -15,7 +15,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nndecomp.activations.sequences import RowsOrSequences, beside
+from nndecomp.activations.sequences import Sequences as WholeSequences
 from nndecomp.config.schema import Patched
+from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.replacing import Sequences
 from nndecomp.evaluation.bootstrap import Ratio
 from nndecomp.targets.base import Replace, Target
@@ -97,24 +100,33 @@ class CleanRun:
     """The undisturbed run: its activations at the kept positions and its next-token log-probabilities, by model."""
 
     rows: dict[Site, Float[Tensor, "token width"]]
+    whole: dict[Site, WholeSequences]  # all positions, of the sites where they were asked for
     log_p: dict[str | None, Float[Tensor, "batch pos vocab"]]
 
+    def read_by(self, decomposition: Decomposition) -> RowsOrSequences:
+        """What it reads, as its `forward` takes it."""
+        sites = decomposition.read_layout.sites
+        return beside([(self.whole if decomposition.needs_sequences else self.rows)[site] for site in sites])
 
-def clean_run(target: Target, batch: Batch, sites: Sequence[Site]) -> CleanRun:
-    """One forward pass a model that yields activations and predictions."""
+
+def clean_run(target: Target, batch: Batch, sites: Sequence[Site], whole: Sequence[Site] = ()) -> CleanRun:
+    """One forward pass a model that yields activations and predictions. `whole`: where all positions are wanted."""
     rows: dict[Site, Tensor] = {}
+    sequences: dict[Site, WholeSequences] = {}
     log_p: dict[str | None, Tensor] = {}
 
     def keep_at(site: Site) -> Replace:
         def record(value: Tensor) -> None:
             rows[site] = batch.rows(value)
+            if site in whole:
+                sequences[site] = batch.whole(value)
 
         return record
 
     with target.patch({site: keep_at(site) for site in sites}):
         for model in target.shape.models:
             log_p[model] = target.predicting(model).logits(batch.tokens).float().log_softmax(-1)
-    return CleanRun(rows, log_p)
+    return CleanRun(rows, sequences, log_p)
 
 
 def ablation(batch: Batch, values: Mapping[Site, Float[Tensor, " width"] | None]) -> dict[Site, Replace]:

@@ -76,7 +76,7 @@ class _Replacement:
     def _add_clean(self, target: Target, batch: Batch, clean: CleanRun) -> None:
         rows, actives = {}, []
         for each in self.decompositions:
-            y_hat, active = each(torch.cat([clean.rows[site] for site in each.read_layout.sites], dim=1))
+            y_hat, active = each(clean.read_by(each))
             rows |= {site: y_hat[:, span] for site, span in each.write_layout.spans.items()}
             actives.append(active)
         for site in self.writes:
@@ -158,11 +158,13 @@ def evaluate_all(
     n_seqs = len(heldout.tokens)
     measured = {name: _Replacement(each, n_seqs, means, cfg) for name, each in replacements.items()}
     needed = sorted({site for m in measured.values() for site in (*m.reads, *m.writes)})
+    attending = [each for m in measured.values() for each in m.decompositions if each.needs_sequences]
+    whole = sorted({site for each in attending for site in each.reads})
     site_sets = dict.fromkeys(sites for m in measured.values() for sites in m.site_sets)
     unpatched = {model: Predictions(n_seqs, model) for model in target.shape.models}
     ablated = {(kind, sites): Predictions(n_seqs, model_of(sites)) for kind in ("zero", "mean") for sites in site_sets}
     for batch in _batches(heldout, keep, cfg.batch_seqs, target.device):
-        clean = clean_run(target, batch, needed)
+        clean = clean_run(target, batch, needed, whole)
         for model, into in unpatched.items():
             into.add(batch, clean, clean.log_p[model])
         for (kind, sites), into in ablated.items():

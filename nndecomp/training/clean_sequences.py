@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nndecomp.activations.harvest import Tokens, check_positions, kept
+from nndecomp.activations.sequences import Sequences as WholeSequences
 from nndecomp.config.schema import ActivationsConfig
 from nndecomp.decompositions.replacing import Sequences
 from nndecomp.targets.base import Replace, Target
@@ -22,7 +23,7 @@ from nndecomp.types import Layout, Site
 class CleanBatch(Sequences):
     """Sequences with what the undisturbed target made of them."""
 
-    clean: Float[Tensor, "token width"]  # activations of the kept positions, at the sites of the stream's layout
+    clean: WholeSequences  # activations at the sites of the stream's layout
     predicts: Bool[Tensor, "batch pos-1"]  # predictions of a real token
     n_predictions: int
     logits: dict[str | None, Float[Tensor, "batch pos vocab"]]  # of each model; empty where no objective asks for them
@@ -59,22 +60,20 @@ class CleanSequences:
         assert len(index) > 0 and n_predictions > 0, f"a batch of {len(batch)} sequences has nothing to learn from"
         device = self.target.device
         tokens, index, predicts = (each.to(device, non_blocking=True) for each in (batch.tokens, index, predicts))
-        rows, logits = self._clean(Sequences(tokens, index))
-        return CleanBatch(tokens, index, rows, predicts, n_predictions, logits)
+        whole, logits = self._clean(Sequences(tokens, index))
+        return CleanBatch(tokens, index, whole, predicts, n_predictions, logits)
 
     @torch.no_grad()
-    def _clean(
-        self, batch: Sequences
-    ) -> tuple[Float[Tensor, "token width"], dict[str | None, Float[Tensor, "batch pos vocab"]]]:
-        rows: dict[Site, Tensor] = {}
+    def _clean(self, batch: Sequences) -> tuple[WholeSequences, dict[str | None, Float[Tensor, "batch pos vocab"]]]:
+        values: dict[Site, Tensor] = {}
         logits = {}
         if self.logits:
-            with self.target.patch({site: _keeping(site, batch, rows) for site in self.layout.sites}):
+            with self.target.patch({site: _keeping(site, values) for site in self.layout.sites}):
                 for model in dict.fromkeys(site.model for site in self.layout.sites):
                     logits[model] = self.target.predicting(model).logits(batch.tokens)
         else:
-            rows = {site: batch.rows(v) for site, v in self.target.record(batch.tokens, self.layout.sites).items()}
-        return torch.cat([rows[site] for site in self.layout.sites], 1), logits
+            values = self.target.record(batch.tokens, self.layout.sites)
+        return batch.whole(torch.cat([values[site] for site in self.layout.sites], -1)), logits
 
     def state_dict(self) -> dict[str, Any]:
         return self.tokens.state_dict()
@@ -83,8 +82,8 @@ class CleanSequences:
         self.tokens.load_state_dict(state)
 
 
-def _keeping(site: Site, batch: Sequences, rows: dict[Site, Tensor]) -> Replace:
+def _keeping(site: Site, values: dict[Site, Tensor]) -> Replace:
     def keep(value: Tensor) -> None:
-        rows[site] = batch.rows(value)
+        values[site] = value.float()
 
     return keep

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nndecomp.activations.sequences import RowsOrSequences
 from nndecomp.config.schema import DecompositionConfig, EndToEnd, Together, TrainingConfig
 from nndecomp.decompositions.base import LiveRun
 from nndecomp.decompositions.groups import SparseDictionary
@@ -80,6 +81,10 @@ class _Scaled:
     def writes(self) -> tuple[Site, ...]:
         return self.dictionary.writes
 
+    @property
+    def needs_sequences(self) -> bool:
+        return self.dictionary.needs_sequences
+
     def live_run(self) -> "_ScaledRun":
         return _ScaledRun(self, self.dictionary.live_run())
 
@@ -89,7 +94,7 @@ class _ScaledRun:
     of: _Scaled
     run: LiveRun
 
-    def read(self, site: Site, value: Float[Tensor, "token width"]) -> None:
+    def read(self, site: Site, value: RowsOrSequences) -> None:
         self.run.read(site, self.of.local.reads.normalised(site, value))
 
     def write(self, site: Site) -> Float[Tensor, "token width"]:
@@ -161,7 +166,7 @@ class EndToEndObjective(nn.Module):
                 return live(batch, [_Scaled(self.local)], dictionary.writes)[0]
             case Together.single:
                 site = dictionary.writes[int(torch.randint(len(dictionary.writes), ()))]
-                y_hat, _ = dictionary(self.local.reads(batch.clean))
+                y_hat, _ = dictionary(self.local.split(batch.clean)[0])
                 return pasted(batch, {site: self.local.writes.raw(site, y_hat[:, dictionary.write_layout.spans[site]])})
 
     def before_step(self) -> None:
