@@ -15,6 +15,7 @@ import nndecomp
 from nndecomp import build
 from nndecomp.activations.sequences import Sequences
 from nndecomp.activations.statistics import Affine
+from nndecomp.build import training
 from nndecomp.config.compose import compose
 from nndecomp.config.schema import (
     Activation,
@@ -31,8 +32,9 @@ from nndecomp.decompositions.objective import DictionaryObjective
 from nndecomp.errors import SettingError
 from nndecomp.evaluation import evaluate
 from nndecomp.targets.base import Target
-from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig
+from nndecomp.targets.llama_simple_mlp import Block, LlamaSimpleMLP, LlamaSimpleMLPConfig
 from nndecomp.targets.llama_simple_mlp_target import LlamaSimpleMLPTarget
+from nndecomp.training.preemption import Preempted
 from nndecomp.types import Layout, Point, Site
 
 CPU = torch.device("cpu")
@@ -45,6 +47,7 @@ def toy() -> LlamaSimpleMLPTarget:
     draw = torch.Generator().manual_seed(1)
     model.wte.weight.data.normal_(generator=draw)
     for block in model.h:
+        assert isinstance(block, Block)
         for linear in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj, block.attn.o_proj):
             linear.weight.data.normal_(generator=draw).mul_(1.5 / 8**0.5)
     return LlamaSimpleMLPTarget("toy", model, None)
@@ -254,17 +257,13 @@ def attempt(out: Path, stop_after: int = -1, *overrides: str) -> SparseDictionar
         (texts / f"{i}.txt").write_text("\n".join(f"def f{i}_{j}(x): return x + {i * j}" for j in range(40)))
     cfg = compose("exp_004_train_presets", [*SMALL, "tokens=files", f"tokens.path={texts}", *overrides])
     torch.manual_seed(cfg.seed)
-    made = build.training._batches
-    build.training._batches = lambda *args: Stopping(made(*args), stop_after)  # type: ignore[assignment]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        batches = training._batches
+        patch.setattr(training, "_batches", lambda *args: Stopping(batches(*args), stop_after))
         return build.trained(cfg, build.target(cfg), out)["lorsa"]
-    finally:
-        build.training._batches = made
 
 
 def test_stopped_and_started_again_it_ends_as_if_never_stopped(tmp_path: Path) -> None:
-    from nndecomp.training.preemption import Preempted
-
     whole = attempt(tmp_path / "whole")
     with pytest.raises(Preempted):
         attempt(tmp_path / "cut", 4)
