@@ -233,7 +233,8 @@ def test_a_resampled_transcoder_feature_writes_what_was_left_over():
     torch.testing.assert_close(bank.W_dec[:5].detach().norm(dim=1), torch.full((5,), 0.1), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Transforms have no decoder rows to write anew: their settings refuse it (test_molt).
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if "ranks" not in ARCHITECTURES[name]])
 def test_resampling_changes_all_dead_rows_and_no_other(architecture: str):
     """dictionary_learning writes to a copy (chained indexing), and changes nothing at all."""
     made = resampling(**ARCHITECTURES[architecture], activation=Activation.topk, k=3)

@@ -15,7 +15,7 @@ from torch import Tensor
 from training_parts import QUIET
 
 from nndecomp import build
-from nndecomp.build.end_to_end import clean_sequences
+from nndecomp.build.end_to_end import sequences
 from nndecomp.config.compose import compose
 from nndecomp.config.schema import (
     Activation,
@@ -296,7 +296,7 @@ def attempt(out: Path, model: Path, stop_after: int = -1, *overrides: str) -> di
     made = {
         name: build_dictionary(each.config, target.shape, each.seed, CPU, target.name) for name, each in members.items()
     }
-    batches = clean_sequences(
+    batches = sequences(
         cfg, target, sorted({site for each in made.values() for site in (*each.reads, *each.writes)}), members
     )
     objectives = {

@@ -59,7 +59,7 @@ def source(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> RowSource:
     return harvester(cfg, target, sites)
 
 
-def sequences(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> SequenceBuffer:
+def shuffled_sequences(cfg: RunConfig, target: Target, sites: Sequence[Site]) -> SequenceBuffer:
     """Batches of training.batch_tokens positions in whole sequences, shuffled."""
     read = harvester(cfg, target, sites)
     return SequenceBuffer(read, cfg.activations.buffer_tokens, cfg.training.batch_tokens, cfg.seed)

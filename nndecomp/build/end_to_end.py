@@ -33,9 +33,7 @@ def attends(members: Mapping[str, Member]) -> bool:
     return any(each.config.architecture is Architecture.lorsa for each in members.values())
 
 
-def clean_sequences(
-    cfg: RunConfig, target: Target, sites: Sequence[Site], members: Mapping[str, Member]
-) -> CleanSequences:
+def sequences(cfg: RunConfig, target: Target, sites: Sequence[Site], members: Mapping[str, Member]) -> CleanSequences:
     """Batches of training.batch_tokens tokens in whole sequences, with the clean activations at `sites`."""
     return CleanSequences(
         target,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from nndecomp.activations.sequences import SequenceBuffer, Sequences
 from nndecomp.activations.stream import RowStream
-from nndecomp.build.data import initial_rows, initial_sequences, scales, sequences, stream
-from nndecomp.build.end_to_end import attends, clean_sequences, is_end_to_end
+from nndecomp.build.data import initial_rows, initial_sequences, scales, shuffled_sequences, stream
+from nndecomp.build.end_to_end import attends, is_end_to_end, sequences
 from nndecomp.build.measuring import heldout, measured, scores
 from nndecomp.build.members import Member
 from nndecomp.build.settings import trainable
@@ -85,8 +85,8 @@ def _batches(
 ) -> RowStream | SequenceBuffer | CleanSequences:
     """One stream for all: of rows where that is enough, else of whole sequences."""
     if is_end_to_end(members):
-        return clean_sequences(cfg, target, sites, members)
-    return (sequences if attends(members) else stream)(cfg, target, sites)
+        return sequences(cfg, target, sites, members)
+    return (shuffled_sequences if attends(members) else stream)(cfg, target, sites)
 
 
 def begin(
