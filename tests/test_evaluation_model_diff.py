@@ -234,3 +234,17 @@ def test_the_table_of_activity_has_the_start_and_the_end_of_each_group():
     heights = [bar.get_height() for bar in panel.patches if isinstance(bar, Rectangle)]
     assert heights[:3] == pytest.approx((100 * start["made"].alive).tolist())
     assert heights[3:] == pytest.approx((100 * end["made"].alive).tolist()) and heights[5] == 0
+
+
+def test_features_shown_are_the_least_shared_and_of_equals_those_the_other_model_has_least_of():
+    found = diff(dfc(), rows(80))
+    features = found.features.set_index("group")
+    shown = [found.features.iloc[row] for row in found.extremes(2, 1)]
+    assert [line.group for line in shown] == ["A", "A", "B", "B"]
+    for model in "AB":
+        own = features.loc[model]
+        doubts = (own.nu_error.abs() + own.nu_reconstruction.abs())[own.frequency > 0].sort_values()
+        of = [abs(line.nu_error) + abs(line.nu_reconstruction) for line in shown if line.group == model]
+        assert of == pytest.approx(doubts.iloc[:2].tolist())
+    seldom = found.features.frequency.sort_values().index[0]
+    assert seldom not in found.extremes(12, int(found.features.frequency[seldom] * found.n_tokens) + 1)

@@ -221,11 +221,16 @@ class ModelDiff:
         return {kind: int((kinds == kind).sum()) for kind in KINDS}
 
     def extremes(self, n: int, tokens: int) -> list[int]:
-        """Rows of the `n` features that are most of A, then of the `n` that are most of B, by relative norm, among those
-        active on at least `tokens` tokens."""
-        seen = self.features.loc[self.features["frequency"] * self.n_tokens >= tokens, "relative_norm"]
-        ordered = [int(row) for row in seen.sort_values().index]
-        return list(dict.fromkeys([*ordered[:n], *reversed(ordered[-n:])]))
+        """Rows of the `n` features that are most of A, then of the `n` that are most of B, among those active on at least
+        `tokens` tokens: by relative norm, and where that is the same, those first that latent scaling finds least of in
+        the other model."""
+        seen = self.features[self.features.frequency * self.n_tokens >= tokens]
+        doubt = seen.nu_error.abs() + seen.nu_reconstruction.abs()
+        order = {
+            model: seen.assign(doubt=doubt).sort_values(["relative_norm", "doubt"], ascending=[model == "A", True])
+            for model in MODELS
+        }
+        return list(dict.fromkeys(int(row) for model in MODELS for row in order[model].index[:n]))
 
 
 # What a dictionary reads and what it writes, at the same tokens, some at a time; asked for twice.

@@ -47,6 +47,6 @@ def figure(start: Activity, end: Activity) -> Figure:
             panel.set_title(name)
             panel.grid(axis="x", visible=False)
         panels[0].set_ylabel("features that are ever active (%)")
-        panels[0].set_ylim(0, 108)
+        panels[0].set_ylim(0, 110)
         drawn.suptitle("pale: where training starts; full: where it ends", fontsize=9, x=0.01, ha="left")
     return drawn

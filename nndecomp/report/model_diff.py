@@ -15,6 +15,8 @@ from nndecomp.report import style
 
 COLOURS = {"exclusive_A": "#0072B2", "shared": "#009E73", "exclusive_B": "#D55E00", "other": "#BBBBBB"}
 LABELS = {"exclusive_A": "A alone", "shared": "shared", "exclusive_B": "B alone", "other": "between"}
+DRAWN = ("shared", "other", "exclusive_A", "exclusive_B")  # what there is much of lies below
+SEEN = (-0.25, 1.5)  # nu beyond it is drawn at its edge
 GENUINE = 0.3  # an exclusive feature with both ratios below it is not seen in the other model by any other name
 
 
@@ -31,6 +33,8 @@ def kinds_table(found: Mapping[str, ModelDiff]) -> pandas.DataFrame:
             line[f"{model} alone, by scaling too"] = str(int(low.sum()))
         shared = _of(active, active.kind == "shared")
         line["cosine of shared (median)"] = "-" if len(shared) == 0 else f"{shared.cosine.median():.2f}"
+        for what in ("error", "reconstruction"):
+            line[f"nu {what} (median)"] = f"{active[f'nu_{what}'].median():z.2f}" if len(active) else "-"
         lines.append(line)
     return pandas.DataFrame(lines)
 
@@ -58,44 +62,41 @@ def groups_table(found: Mapping[str, ModelDiff]) -> pandas.DataFrame:
 
 
 def figure(diff: ModelDiff, name: str) -> Figure:
-    """Left: relative norms of the active features, coloured by kind, those that never fired in outline. Right: latent
-    scaling of the active ones that are not shared."""
+    """Left: relative norms of the active features, those that never fired in outline. Right: latent scaling of the active
+    ones. Both coloured by kind."""
     active, dead = (_of(diff.features, which) for which in (diff.features.frequency > 0, diff.features.frequency == 0))
+    kinds = [kind for kind in LABELS if (active.kind == kind).any()]
     with matplotlib.rc_context(style.RC):
-        drawn = Figure(figsize=(7.2, 3.0), layout="constrained")
+        drawn = Figure(figsize=(7.2, 3.2), layout="constrained")
         left, right = drawn.subplots(1, 2)
-        bins = np.linspace(0, 1, 41)
-        parts = [active.relative_norm[active.kind == kind] for kind in LABELS]
+        bins = list(np.linspace(0, 1, 41))
         left.hist(
-            parts, bins=list(bins), stacked=True, color=[COLOURS[kind] for kind in LABELS], label=list(LABELS.values())
+            [active.relative_norm[active.kind == kind] for kind in kinds],
+            bins=bins,
+            stacked=True,
+            color=[COLOURS[kind] for kind in kinds],
+            label=[LABELS[kind] for kind in kinds],
         )
         if len(dead):
-            left.hist(
-                dead.relative_norm.dropna(),
-                bins=list(bins),
-                histtype="step",
-                color="black",
-                linewidth=0.8,
-                label="never active",
-            )
-        left.set_yscale("symlog", linthresh=1)
+            norms = dead.relative_norm.dropna()
+            left.hist(norms, bins=bins, histtype="step", color="black", linewidth=0.8, label="never active")
+        left.set_yscale("log")
+        left.set_ylim(bottom=0.7)
         left.set_xlabel("relative decoder norm  |d_B| / (|d_A| + |d_B|)")
         left.set_ylabel("features")
-        left.legend()
-        for kind in ("other", "exclusive_A", "exclusive_B"):
+        for kind in sorted(kinds, key=DRAWN.index):
             own = _of(active, active.kind == kind)
-            x, y = (own[f"nu_{what}"].clip(-0.25, 1.5) for what in ("reconstruction", "error"))
-            right.scatter(x, y, s=9, alpha=0.6, color=COLOURS[kind], label=LABELS[kind], linewidths=0)
+            x, y = (own[f"nu_{what}"].clip(*SEEN) for what in ("reconstruction", "error"))
+            right.scatter(x, y, s=9, alpha=0.3 if kind == "shared" else 0.8, color=COLOURS[kind], linewidths=0)
         right.axvline(0, color=style.GREY, linewidth=0.6)
         right.axhline(0, color=style.GREY, linewidth=0.6)
-        right.set_xlim(-0.3, 1.55)
-        right.set_ylim(-0.3, 1.55)
+        right.set_xlim(SEEN[0] - 0.05, SEEN[1] + 0.05)
+        right.set_ylim(SEEN[0] - 0.05, SEEN[1] + 0.05)
         right.set_xlabel("nu reconstruction (other model / owner)")
         right.set_ylabel("nu error (other model / owner)")
-        right.legend()
-        drawn.suptitle(
-            f"{name}: {len(active)} of {len(diff.features)} features active on {diff.n_tokens} tokens", fontsize=9
-        )
+        drawn.legend(loc="outside lower center", ncols=len(LABELS) + 1)
+        title = f"{name}: {len(active)} of {len(diff.features)} features active on {diff.n_tokens} tokens"
+        drawn.suptitle(title, fontsize=9, x=0.01, ha="left")
     return drawn
 
 
