@@ -102,7 +102,7 @@ def to_pursuit(dictionary: SparseDictionary, k: int) -> SparseDictionary:
 
 @torch.no_grad()
 def with_unit_norm_decoder(dictionary: SparseDictionary) -> SparseDictionary:
-    """The same function with decoder rows of norm 1, and codes as much larger; rows of zeros stay.
+    """The same function with decoder rows of norm 1 (transforms of Frobenius norm 1), and codes as much larger; zeros stay.
 
     f' = f |d|: W_enc, b_enc (gated: b_mag as well) times |d|. c is divided by it and kept, so that z c, which selection and
     thresholds see, is what it was.
@@ -116,9 +116,9 @@ def with_unit_norm_decoder(dictionary: SparseDictionary) -> SparseDictionary:
     if ranks or made.spec.activation.code_normalisation is not CodeNormalisation.none:
         made.freeze_scales()
     for g, bank in enumerate(made.banks):
-        norms = bank.W_dec.norm(dim=1)
-        norms = torch.where(norms > 0, norms, 1)
-        bank.W_dec.div_(norms[:, None])
+        norms = bank.scale(CodeNormalisation.sae, (1.0, 0.0))
+        norms = torch.where(norms > 1e-15, norms, 1)
+        bank.divide_decoder(norms)
         if bank.own_encoder is not None:
             bank.own_encoder.W_enc.mul_(norms[:, None])
             bank.own_encoder.b_enc.mul_(norms)

@@ -83,6 +83,10 @@ class Group(nn.Module):
         """c of each feature; gradients flow into the decoder."""
         return decoder_scale(self.W_dec, self.write_widths, kind, mixed_weights)
 
+    def divide_decoder(self, by: Float[Tensor, "feature"]) -> None:
+        """What each feature writes, divided by a number."""
+        self.W_dec.div_(by[:, None])
+
     def pre_activations(
         self, x: Float[Tensor, "token d_read"], features: Int[Tensor, "chosen"] | None = None
     ) -> Float[Tensor, "token _"]:

@@ -51,6 +51,9 @@ class TransformGroup(Group):
             return self.V.new_ones(self.n_features)
         return combined_norms(frobenius_norms(self.V, self.U, self.ranks)[:, None], kind, mixed_weights)
 
+    def divide_decoder(self, by: Float[Tensor, "feature"]) -> None:
+        self.U.div_(by.index_select(0, self.transform)[:, None])
+
     def contribution(self, x: RowsOrSequences, codes: GroupCodes) -> Float[Tensor, "token d_write"]:
         """Of sparse codes the active transforms alone; dense ones have gradients everywhere, so all are computed."""
         x = rows_of(x)
