@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from activation_parts import READ, WRITE, Counting, settings
+from experiment_parts import EXPERIMENTS
 from torch import Tensor
 
 from nndecomp.activations.buffer import ShuffleBuffer
@@ -15,6 +16,7 @@ from nndecomp.activations.statistics import RunningStatistics, affine, measure, 
 from nndecomp.activations.store import open_store
 from nndecomp.activations.store_writer import write_store
 from nndecomp.activations.stream import RowStream, StoreStream
+from nndecomp.config.compose import compose
 from nndecomp.config.schema import DType, Normalisation, TargetConfig, TargetKind, TokensConfig, TokensKind
 from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig
 from nndecomp.targets.llama_simple_mlp_target import LlamaSimpleMLPTarget
@@ -126,6 +128,25 @@ def test_masked_positions_never_enter_the_scales() -> None:
         for site in sites:
             ours, theirs = (affine(each[site], 24) for each in scales)
             assert torch.equal(ours.scale, theirs.scale) and torch.equal(ours.mean, theirs.mean)
+
+
+def test_the_scales_are_of_as_many_rows_as_asked_for_and_only_rows_that_count_are_counted() -> None:
+    tokens = Counting(16, padded=True, bos=True)
+    source = Harvester(llama(), tokens, [Site(0, Point.mlp_in)], settings(drop_bos=True), seq_len=16)
+    replay = Counting(16, padded=True, bos=True)
+    n_kept, n_masked = 0, 0
+    while n_kept < 100:
+        batch = replay.next_batch(source.cfg.batch_seqs)
+        keep = kept(batch, source.cfg)
+        n_kept, n_masked = n_kept + int(keep.sum()), n_masked + int((~keep).sum())
+    assert measure(source, 100).count == n_kept and n_masked > 0
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_at_their_own_scale_measure_it_over_a_million_tokens(name: str) -> None:
+    cfg = compose(name)
+    if cfg.training.n_tokens >= 1_000_000:
+        assert cfg.activations.normalisation_tokens >= 1_000_000
 
 
 def test_means_are_those_of_the_rows_that_count() -> None:

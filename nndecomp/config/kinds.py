@@ -109,7 +109,9 @@ class Directions(Enum):
     active_subspace = "active_subspace"  # random within the leading principal directions of what is written
     mlp_response = "mlp_response"  # what the target's own MLP answers to the feature's encoder direction
     heads = "heads"  # lorsa: what the target's own heads read and write, along leading directions of their values
-    neurons = "neurons"  # the MLP's own neurons: what they read and write; further features are random
+    # The MLP's own neurons: what they read, and what they write, as loud as they do unless decoder_norm is given; further
+    # features are random.
+    neurons = "neurons"
 
 
 class InitialBias(Enum):

@@ -79,7 +79,7 @@ def place_decoder(
         case Directions.mlp_response:
             answer_as_mlp(spec, bank, given, dictionary)
         case Directions.neurons:
-            become_neurons(spec, bank, given, dictionary)
+            become_neurons(spec, bank, given, dictionary, as_loud=cfg.decoder_norm is None)
         case Directions.heads:
             assert isinstance(bank, AttentionGroup), "checked with the settings"
             move_as_heads(spec, bank, given, cfg.subspace_share)
@@ -125,12 +125,13 @@ def answer_as_mlp(spec: GroupSpec, bank: Group, given: Given, dictionary: Sparse
     _write_at(bank, columns, (answers - answers.mean(0)) / writes.s[columns])
 
 
-def become_neurons(spec: GroupSpec, bank: Group, given: Given, dictionary: SparseDictionary) -> None:
+def become_neurons(spec: GroupSpec, bank: Group, given: Given, dictionary: SparseDictionary, as_loud: bool) -> None:
     """The first features are neurons of the MLP, drawn at random where there are more neurons; further features stay as they are.
 
     W_enc_i = read_i s_read / |.|,  b_enc_i = (bias_i + read_i . m_read) / |.|,  W_dec_i ~ write_i / s_write
 
-    so that a feature's pre-activation is its neuron's, over |read_i s_read|. At later layers rows start at zero.
+    so that a feature's pre-activation is its neuron's, over |read_i s_read|. `as_loud`: W_dec_i = |read_i s_read| write_i / s_write,
+    and a relu feature adds what a relu neuron does. At later layers rows start at zero.
     """
     neurons, own = _target(given).neurons_of(spec.reads[0]), mlp_out_of(spec)
     draw = torch.Generator().manual_seed(given.seed)
@@ -141,7 +142,8 @@ def become_neurons(spec: GroupSpec, bank: Group, given: Given, dictionary: Spars
     bank.W_enc[:n] = read / norm[:, None]
     bank.b_enc[:n] = (neurons.bias[chosen] + neurons.read[chosen] @ given.reads.m[bank.reads]) / norm
     columns = dictionary.write_layout.spans[own]
-    _write_at(bank, columns, neurons.write[chosen] / given.writes.s[columns])
+    write = neurons.write[chosen] / given.writes.s[columns]
+    _write_at(bank, columns, write, norm * write.norm(dim=1) if as_loud else None)
 
 
 def attend_as_target(spec: GroupSpec, bank: AttentionGroup, given: Given) -> None:
@@ -194,12 +196,14 @@ def mlp_out_of(spec: GroupSpec) -> Site:
     return own[0]
 
 
-def _write_at(bank: Group, columns: slice, directions: Float[Tensor, "feature d"]) -> None:
-    """The first decoder rows along `directions` at one site, with the norms that they had there, and zero elsewhere."""
+def _write_at(
+    bank: Group, columns: slice, directions: Float[Tensor, "row d"], norms: Float[Tensor, "row"] | None = None
+) -> None:
+    """The first decoder rows along `directions` at one site, with these norms or those that they had there, and zero elsewhere."""
     own, n = slice(columns.start - bank.writes.start, columns.stop - bank.writes.start), len(directions)
-    norms = bank.W_dec[:n, own].norm(dim=1, keepdim=True)
+    norms = bank.W_dec[:n, own].norm(dim=1) if norms is None else norms
     bank.W_dec[:n] = 0
-    bank.W_dec[:n, own] = unit(directions) * norms
+    bank.W_dec[:n, own] = unit(directions) * norms[:, None]
 
 
 def _target(given: Given) -> Target:
