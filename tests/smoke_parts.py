@@ -70,7 +70,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "lp": _penalty(Penalty.lp, 1e-3, p_anneal=[0.2, 0.8], p_steps=4),
     "l0": _penalty(Penalty.l0, 1e-3),
     "l0_target": _penalty(Penalty.l0_target, 1e-2, penalty_target=3.0),
-    "matryoshka": {"matryoshka": [0.25, 0.25, 0.5], "matryoshka_weights": [1.0, 2.0, 1.0]},
+    "matryoshka": {"matryoshka": [0.25, 0.25, 0.5], "matryoshka_weights": [0.25, 0.5, 0.25]},
     "pre_activation": {"pre_activation_loss": PreActivationLoss.threshold, "pre_activation_coefficient": 1e-3},
     "pre_activation_of_dead": {"pre_activation_loss": PreActivationLoss.dead, "pre_activation_coefficient": 1e-3},
 }
@@ -94,7 +94,7 @@ CHOICES: dict[str, list[dict[str, Any]]] = {
         {"dead": Dead.none},
         {"dead": Dead.aux_k, "aux_k": 4},
         {"dead": Dead.ghost},
-        {"dead": Dead.resample, "resample_every": 600},
+        {"dead": Dead.resample, "resample_every": 3000},
     ],
     "decoder": [
         {"decoder": Decoder.free},
@@ -109,7 +109,7 @@ CHOICES: dict[str, list[dict[str, Any]]] = {
     "optimizer": [
         {"optimizer": Optimizer.adam},
         {"optimizer": Optimizer.adamw},
-        {"optimizer": Optimizer.sign, "lr": 3e-3},
+        {"optimizer": Optimizer.sign, "lr": 6e-3},
         {"optimizer": Optimizer.muon},
     ],
 }
@@ -166,7 +166,7 @@ def sensible(cell: Cell) -> bool:
 def config(cell: Cell, shape: Shape, **more: Any) -> DecompositionConfig:
     """Raises SettingError as a run would that is checked before it starts."""
     sites = {"reads": ["mlp_in"], "writes": ["mlp_out"]}
-    sizes = {"n_features": F, "initial_tokens": 256, "dead_after_tokens": 512, "k": K}
+    sizes = {"n_features": F, "initial_tokens": 256, "dead_after_tokens": 2048, "k": K}
     # What a cell is goes before what is drawn for it.
     made = DecompositionConfig(**(sites | sizes | more | cell.settings))
     wire(made, shape)

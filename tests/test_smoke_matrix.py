@@ -56,9 +56,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
             *("name=smoke", "device=cpu", "log.wandb=disabled"),
             *(f"target.path={small_model(at / 'a', 16, N_LAYERS, 0)}", "tokens=files", "tokens.packing=documents"),
             *(f"tokens.path={short_texts(at / 'texts.jsonl')}", "tokens.seq_len=16", "tokens.heldout_fraction=0.2"),
-            *("activations.batch_seqs=8", "activations.buffer_tokens=512", "activations.normalisation_tokens=256"),
-            *("activations.drop_first=1", "training.batch_tokens=64", f"training.n_tokens={64 * N_STEPS}"),
-            *("training.lr=1e-2", "training.log_every=1", f"training.evaluate_every={CUT}"),
+            *("activations.batch_seqs=8", "activations.buffer_tokens=1024", "activations.normalisation_tokens=256"),
+            *("activations.drop_first=1", "training.batch_tokens=256", f"training.n_tokens={256 * N_STEPS}"),
+            *("training.lr=2e-2", "training.log_every=1", f"training.evaluate_every={CUT}"),
             *(f"training.checkpoint_every={CUT}", "evaluation.n_seqs=4", "evaluation.batch_seqs=2"),
             *("evaluation.patched=[all,single,prefixes]", "evaluation.mean_seqs=2", "evaluation.bootstrap=8"),
         ],
@@ -110,7 +110,8 @@ def failures(cfg: RunConfig, members: Mapping[str, Member], at: Path, monkeypatc
 def unfallen(out: Path, members: Mapping[str, Member]) -> Iterator[str]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for name in members:
-        losses = [row["loss"] for row in rows if row["name"] == name]
+        # What revives features begins with the first dead ones.
+        losses = [row["loss"] - row.get("loss/aux", 0.0) for row in rows if row["name"] == name]
         assert len(losses) == N_STEPS and all(map(math.isfinite, losses)), f"{name}: {losses}"
         begin = math.ceil(N_STEPS * members[name].config.k_anneal)  # with fewer features on the way, it rises
         first, last = sum(losses[begin : begin + 5]) / 5, sum(losses[-5:]) / 5
