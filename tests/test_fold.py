@@ -10,13 +10,15 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+import lorsa_parts
 import pytest
 import torch
 from decomposition_parts import ACTIVATIONS, ARCHITECTURES, GLU, PURSUIT, fits, row_layout, settled
 from torch import Tensor
 
+from nndecomp.activations.sequences import Sequences
 from nndecomp.activations.statistics import RunningStatistics, normalisation
-from nndecomp.config.schema import CodeNormalisation, Normalisation, Scope
+from nndecomp.config.schema import Activation, CodeNormalisation, Normalisation, Scope
 from nndecomp.decompositions.conversion import to_jumprelu
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.units import Columns
@@ -145,6 +147,26 @@ def test_what_selects_becomes_jumprelu_before_folding_or_after(architecture: str
         y_hat, codes = before(x)
         torch.testing.assert_close(after(x)[0], y_hat, rtol=1e-9, atol=1e-9)
         assert torch.equal(after(x)[1].counts(), codes.counts())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", lorsa_parts.CASES)
+def test_sparse_attention_folds_and_becomes_jumprelu_as_anything_else(case: str):
+    """LMS: Lorsa's fold is off by 0.57 with JumpReLU; its queries and keys read what is normalised as well."""
+    made = lorsa_parts.settled(**lorsa_parts.CASES[case])
+    layout = row_layout(made)
+    values = raw_rows(layout).view(5, 6, -1)[..., : made.read_layout.width]
+    x = Sequences(values, lorsa_parts.kept_positions(5, 6))
+    for kind in Normalisation:
+        reads, writes = units(made, kind)
+        selecting = made.spec.activation.kind in (Activation.topk, Activation.batchtopk)
+        normalised = (x - reads.m) / reads.s
+        for each in (made, to_jumprelu(made, normalised)) if selecting else (made,):
+            assert each.encode(normalised).counts().sum() == made.encode(normalised).counts().sum()
+            y_hat, codes = each(normalised)
+            own = folded(each, reads, writes)
+            torch.testing.assert_close(own(x)[0], y_hat * writes.s + writes.m, rtol=1e-9, atol=1e-9)
+            assert torch.equal(own(x)[1].counts(), codes.counts())
 
 
 def test_the_unequal_scales_of_these_rows_are_unequal():

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nndecomp.activations.sequences import RowsOrSequences
 from nndecomp.config.schema import Activation, CodeNormalisation, Scope, require
 from nndecomp.decompositions.activation_pointwise import Gated, JumpRelu
 from nndecomp.decompositions.activation_selecting import BatchTopK, TopK
@@ -18,7 +19,7 @@ from nndecomp.decompositions.spec import ActivationSpec
 
 
 @torch.no_grad()
-def to_jumprelu(dictionary: SparseDictionary, x: Float[Tensor, "token d_reads"] | None = None) -> SparseDictionary:
+def to_jumprelu(dictionary: SparseDictionary, x: RowsOrSequences | None = None) -> SparseDictionary:
     """Of batchtopk with its inference threshold: exact. Of topk: with the threshold, one a group (or one for all that
     compete), that keeps as many features of the rows `x` as topk does; which ones, on each token, may differ."""
     activation, n_groups = dictionary.activation, len(dictionary.groups)
@@ -41,9 +42,7 @@ def to_jumprelu(dictionary: SparseDictionary, x: Float[Tensor, "token d_reads"] 
     return made
 
 
-def _calibrated(
-    dictionary: SparseDictionary, x: Float[Tensor, "token d_reads"], scope: Scope
-) -> Float[Tensor, "group"]:
+def _calibrated(dictionary: SparseDictionary, x: RowsOrSequences, scope: Scope) -> Float[Tensor, "group"]:
     """Halfway between the last score that is kept and the first that is not."""
     scores, counts = [], dictionary.encode(x).counts().sum(0)
     for g, bank in enumerate(dictionary.banks):
