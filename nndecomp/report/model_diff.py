@@ -17,6 +17,7 @@ COLOURS = {"exclusive_A": "#0072B2", "shared": "#009E73", "exclusive_B": "#D55E0
 LABELS = {"exclusive_A": "A alone", "shared": "shared", "exclusive_B": "B alone", "other": "between"}
 DRAWN = ("shared", "other", "exclusive_A", "exclusive_B")  # what there is much of lies below
 SEEN = (-0.25, 1.5)  # nu beyond it is drawn at its edge
+MARKS = {"\n": "⏎", "|": "¦", "*": "∗", "`": "'"}  # what a table in markdown would take for its own
 GENUINE = 0.3  # an exclusive feature with both ratios below it is not seen in the other model by any other name
 
 
@@ -112,7 +113,7 @@ def examples(name: str, diff: ModelDiff, moments: Mapping[int, Sequence[Moment]]
     ]
     for row, shown in moments.items():
         f = diff.features.iloc[row]
-        text = " · ".join(f"{_shown(m.before, tokenizer)}**{_shown((m.token,), tokenizer)}**" for m in shown)
+        text = " · ".join(_in_context(moment, tokenizer) for moment in shown)
         lines.append(
             f"| {f.group}/{f.feature} | {LABELS[f.kind]} | {f.relative_norm:.2f} | {f.cosine:.2f} | {f.frequency:.2%} | {f.nu_error:.2f} | "
             f"{f.nu_reconstruction:.2f} | {text} |"
@@ -125,6 +126,15 @@ def _of(features: pandas.DataFrame, which: pandas.Series) -> pandas.DataFrame:
     return features.loc[which]
 
 
+def _in_context(moment: Moment, tokenizer: Any) -> str:
+    """The token in bold, behind what is before it. A space that belongs to it stands before the bold."""
+    before, token = (_shown(ids, tokenizer) for ids in (moment.before, (moment.token,)))
+    word = token.lstrip()
+    return (before + " " * (len(token) - len(word))).lstrip() + f"**{word or '␣'}**"
+
+
 def _shown(ids: Sequence[int], tokenizer: Any) -> str:
-    text = tokenizer.decode(list(ids)).replace("\n", "⏎").replace("|", "¦").replace("*", "∗").replace("`", "'")
-    return text.strip() or "␣"
+    text = tokenizer.decode(list(ids))
+    for mark, shown in MARKS.items():
+        text = text.replace(mark, shown)
+    return text
