@@ -71,6 +71,26 @@ def test_a_run_with_saes_among_others_may_pursue():
     build.check(compose("exp_000_quickstart", ["evaluation.pursuit=[4,8]"]), trains=True)
 
 
+def test_known_features_are_found_by_a_pursuit_through_a_decoder_that_holds_them():
+    """The encoder reads nothing; the rows of the decoder are the features that made the rows, and a pursuit finds which."""
+    asked = compose("exp_019_ground_truth", ["ground_truth.worlds=[separated]", "evaluation.pursuit=[3]"])
+    build.check(asked, trains=True, patches=False)
+    cfg = build.world(asked, "separated", 0)
+    target, member = build.target(cfg), build.trainable(cfg)["topk"]
+    dictionary = build_dictionary(member.config, target.shape, 0, target.device, target.name).eval()
+    known = build.truth(cfg, target, dictionary, 2000)
+    with torch.no_grad():
+        dictionary.banks[0].W_enc.zero_()
+        ((_, directions),) = known.directions.items()
+        dictionary.banks[0].W_dec.copy_(directions)
+    named = {"sae": dictionary} | build.pursuits(cfg, {"sae": dictionary})
+    assert list(named) == ["sae", "sae_pursuit3"]
+    found = build.recovered(cfg, target, named, 2000)
+    rows = build.recovery_rows(cfg, target, named, found, "separated")
+    f1 = rows[(rows.metric == "f1") & (rows.site == "all")].set_index("name").value
+    assert f1["sae"] == 0 and f1["sae_pursuit3"] > 0.7, "of four that fire, three are asked for"
+
+
 def test_topk_becomes_jumprelu_in_a_notebook_and_is_saved_as_such(target: Target, tmp_path: Path):
     clt = made(target, Architecture.cross_layer_transcoder, Activation.topk)
     x = nndecomp.read(target, clt, TEXTS)

@@ -26,6 +26,7 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
             each = build.world(cfg, name, seed)
             target = build.target(each)
             dictionaries = build.trained(each, target, out / "worlds" / f"{name}_seed{seed}")
+            dictionaries |= build.pursuits(each, dictionaries)
             recovered = build.recovered(each, target, dictionaries, known.heldout_tokens)
             found.append(build.recovery_rows(each, target, dictionaries, recovered, name))
     rows = join(found)

@@ -9,6 +9,7 @@ from nndecomp.build.finding import Pair, found_again, found_again_rows
 from nndecomp.build.measuring import Heldout, baselines, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
 from nndecomp.build.presets import world
+from nndecomp.build.pursuing import pursuits
 from nndecomp.build.recovering import recovered, recovery_rows, truth
 from nndecomp.build.settings import (
     check,
@@ -42,6 +43,7 @@ __all__ = [
     "measured",
     "members",
     "of_architecture",
+    "pursuits",
     "recovered",
     "recovery_rows",
     "reported",

@@ -32,15 +32,21 @@ def check_pursuit(cfg: RunConfig, named: Mapping[str, DecompositionConfig]) -> N
 
 def pursued(
     ks: Sequence[int], replacements: Mapping[str, Sequence[Decomposition]]
-) -> dict[str, tuple[str, list[Decomposition]]]:
+) -> dict[str, tuple[str, list[SparseDictionary]]]:
     """Name -> the name of what is pursued, and the pursuits, for every replacement that can be and every k."""
-    found: dict[str, tuple[str, list[Decomposition]]] = {}
+    found: dict[str, tuple[str, list[SparseDictionary]]] = {}
     for name, parts in replacements.items():
         dictionaries = [each for each in parts if isinstance(each, SparseDictionary) and pursuit_obstacle(each) is None]
         if len(dictionaries) == len(parts):
             found |= {f"{name}_pursuit{k}": (name, [to_pursuit(each, k) for each in dictionaries]) for k in ks}
     require(not ks or bool(found), _nothing(ks, replacements))
     return found
+
+
+def pursuits(cfg: RunConfig, dictionaries: Mapping[str, SparseDictionary]) -> dict[str, SparseDictionary]:
+    """What evaluation.pursuit adds to dictionaries that are measured one by one."""
+    found = pursued(cfg.evaluation.pursuit, {name: [each] for name, each in dictionaries.items()})
+    return {name: pursuit for name, (_, [pursuit]) in found.items()}
 
 
 def _nothing(ks: Sequence[int], names: Mapping[str, object]) -> str:

@@ -73,7 +73,7 @@ def check(cfg: RunConfig, trains: bool = False, patches: bool = True) -> None:
             check_wiring(name, each.config, shape)
     if cfg.runs:
         check_runs(cfg)
-    if patches and not cfg.runs:
+    if not cfg.runs:
         check_pursuit(cfg, decompositions(cfg))
     sites = decomposed_sites(cfg, shape)
     if cfg.activations.store is not None:
