@@ -62,7 +62,7 @@ def stored(cfg: RunConfig, out: Path) -> str:
 def fvus(cfg: RunConfig, dictionaries: dict[str, SparseDictionary]) -> dict[tuple[str, str], float]:
     found = build.compared(cfg, build.target(cfg), dictionaries)
     return {
-        (name, model): each.diff.groups.set_index("group")[f"fvu_{model}"]["all"]
+        (name, model): float(each.diff.groups[f"fvu_{model}"].iloc[-1])
         for name, each in found.items()
         for model in WIDTHS
     }

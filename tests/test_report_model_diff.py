@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pandas
 import pytest
 from matplotlib.collections import PathCollection
@@ -51,7 +52,7 @@ def test_features_are_counted_by_kind_and_those_that_scaling_confirms_apart():
 def test_the_figure_shows_each_active_feature_once_in_the_colour_of_its_kind():
     left, right = report.figure(made(), "made").axes
     points = [each for each in right.collections if isinstance(each, PathCollection)]
-    drawn = [xy for each in points for xy in map(tuple, each.get_offsets().tolist())]
+    drawn = [xy for each in points for xy in map(tuple, np.asarray(each.get_offsets()))]
     assert len(drawn) == 7 and max(y for _, y in drawn) == 1.5, "what lies beyond is drawn at the edge"
     (x0, x1), (y0, y1) = right.get_xlim(), right.get_ylim()
     assert all(x0 < x < x1 and y0 < y < y1 for x, y in drawn)
