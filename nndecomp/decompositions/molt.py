@@ -9,18 +9,28 @@ its code: how much it moves inputs of every direction, on average. b is zero whi
 makes of the mean of x, since x enters the decoder too.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nndecomp.activations.sequences import RowsOrSequences, rows_of
-from nndecomp.config.schema import CodeNormalisation
+from nndecomp.config.schema import CodeNormalisation, require
 from nndecomp.decompositions.base import GroupCost
 from nndecomp.decompositions.codes import DenseCodes, GroupCodes
 from nndecomp.decompositions.group import Group
 from nndecomp.decompositions.molt_kernels import frobenius_norms, transformed
 from nndecomp.decompositions.normalisation import combined_norms
 from nndecomp.decompositions.spec import DictionarySpec, GroupSpec
+
+
+def require_rows(groups: Sequence[nn.Module], because: str) -> None:
+    """SettingError for transforms, where features must have one decoder row each."""
+    require(
+        not any(isinstance(group, TransformGroup) for group in groups),
+        f"decomposition.architecture=molt has linear maps for features, not directions, so {because}; leave it out",
+    )
 
 
 class TransformGroup(Group):

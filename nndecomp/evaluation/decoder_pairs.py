@@ -11,6 +11,7 @@ from torch import Tensor
 from nndecomp.activations.statistics import SiteScale
 from nndecomp.config.schema import CodeNormalisation, require
 from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.molt import require_rows
 from nndecomp.decompositions.units import Columns
 from nndecomp.evaluation.patching import exact
 from nndecomp.types import Site
@@ -65,6 +66,7 @@ class Decoders:
             "decomposition.code_normalisation=decoupled gives a feature other codes in each model, which a difference of "
             "decoder rows does not describe; write none, sae, crosscoder or mixed",
         )
+        require_rows(dictionary.banks, "the models cannot be compared by decoder rows")
         scale = exact(Columns(layout, layout, scales).s)
         whole = []
         for bank in dictionary.banks:

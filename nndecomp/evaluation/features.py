@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nndecomp.config.checks import require
 from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.codes import Codes
 from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.molt import require_rows
 from nndecomp.decompositions.neurons import NeuronBaseline
 from nndecomp.errors import SettingError
 
@@ -48,6 +50,12 @@ def features_of(decomposition: Decomposition) -> Features:
 
 
 def _of_dictionary(dictionary: SparseDictionary) -> Features:
+    require_rows(dictionary.banks, "none can be matched with true features")
+    require(
+        not dictionary.needs_sequences,
+        "decomposition.architecture=lorsa reads several positions, but true features are known of tokens one by one; "
+        "leave it out",
+    )
     encoders, decoders, groups, n = [], [], {}, 0
     for spec, bank in zip(dictionary.spec.groups, dictionary.banks, strict=True):
         if spec.encoder is None:

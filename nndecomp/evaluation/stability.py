@@ -16,7 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nndecomp.activations.sequences import beside
 from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.molt import require_rows
 from nndecomp.decompositions.replacing import Sequences
 from nndecomp.evaluation.matching import cosines, match
 from nndecomp.evaluation.rows import Measurement
@@ -35,15 +37,16 @@ def written_rows(
     target: Target, dictionary: SparseDictionary, text: TokenBatch, keep: Bool[Tensor, "batch pos"], batch_seqs: int
 ) -> tuple[list[Bool[Tensor, " feature"]], list[Float[Tensor, "token _"]]]:
     """Of each group: which features were active on the text, and what the target has where the group writes."""
+    require_rows(dictionary.banks, "their decoder rows cannot be found again")
     layout = dictionary.write_layout
     firings = [torch.zeros(bank.n_features, dtype=torch.int64) for bank in dictionary.banks]
     written: list[list[Tensor]] = [[] for _ in dictionary.banks]
     for part, kept in zip(text.split(batch_seqs), keep.split(batch_seqs), strict=True):
         batch = Sequences(part.tokens.to(target.device), kept.flatten().nonzero()[:, 0].to(target.device))
         found = target.record(batch.tokens, sorted({*dictionary.reads, *dictionary.writes}))
-        rows = {site: batch.rows(value) for site, value in found.items()}
-        _, codes = dictionary(torch.cat([rows[site] for site in dictionary.read_layout.sites], 1))
-        y = torch.cat([rows[site] for site in layout.sites], 1)
+        taken = batch.whole if dictionary.needs_sequences else batch.rows
+        _, codes = dictionary(beside([taken(found[site]) for site in dictionary.read_layout.sites]))
+        y = torch.cat([batch.rows(found[site]) for site in layout.sites], 1)
         for g, (bank, fired) in enumerate(zip(dictionary.banks, codes.firings(), strict=True)):
             firings[g] += fired.cpu()
             written[g].append(y[:, bank.writes].cpu())
