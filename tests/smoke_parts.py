@@ -19,6 +19,7 @@ from nndecomp.build.end_to_end import check_wiring
 from nndecomp.build.members import Member
 from nndecomp.config.schema import (
     Architecture,
+    AttentionStart,
     CodeNormalisation,
     Dead,
     Decoder,
@@ -46,6 +47,7 @@ ALL_ARCHITECTURES: dict[str, dict[str, Any]] = {
     **ARCHITECTURES,
     "skip_per_layer_transcoder": {"architecture": Architecture.per_layer_transcoder, "skip": True},
     "crosscoder_of_two_models": {"architecture": Architecture.crosscoder, **BOTH_MODELS},
+    "lorsa": {"architecture": Architecture.lorsa, "reads": ["attn_in"], "writes": ["attn_out"]},
 }
 _LIKE = {"skip_per_layer_transcoder": "per_layer_transcoder", "crosscoder_of_two_models": "crosscoder"}
 ALL_ACTIVATIONS = ACTIVATIONS | PURSUIT
@@ -102,6 +104,7 @@ CHOICES: dict[str, list[dict[str, Any]]] = {
         {"decoder": Decoder.archetypal, "archetypes": 32, "archetypal_slack": 0.5},
     ],
     "directions": [{"directions": each} for each in Directions],
+    "patterns": [{}, {"n_qk_heads": 4}, {"attention_start": AttentionStart.random, "d_qk": 6, "rotary": False}],
     "tied": [{"tied": each} for each in (None, True, False)],
     "initial_bias": [{"initial_bias": each} for each in InitialBias],
     "centred": [{}, {"centre_input": True}, {"centre_pre_activations": True}],
@@ -153,13 +156,16 @@ def sensible(cell: Cell) -> bool:
     whole = wiring["architecture"] in (Architecture.crosscoder, Architecture.dedicated_feature_crosscoder)
     joint = cell.activation == "matching_pursuit" and wiring["architecture"] is Architecture.causal_crosscoder
     at_once = cell.loss in ("kl_all", "ce_all")
-    transforms = wiring["architecture"] is Architecture.molt  # which are not rows of a decoder
+    # Transforms are not rows of a decoder; a prefix of heads would be those of a few attention patterns.
+    whole_alone = wiring["architecture"] in (Architecture.molt, Architecture.lorsa)
+    attends = wiring["architecture"] is Architecture.lorsa
     return (
-        fits(_LIKE.get(cell.architecture, cell.architecture), cell.activation)
+        (attends or fits(_LIKE.get(cell.architecture, cell.architecture), cell.activation))
         and not (cell.loss in ("l0", "l0_target") and cell.activation != "jumprelu")
         and not (cell.loss.startswith("pre_activation") and selects)
         and not (at_once and (whole or joint))
-        and not (transforms and cell.loss == "matryoshka")
+        and not (whole_alone and cell.loss == "matryoshka")
+        and not (attends and cell.activation in ("gated", "matching_pursuit"))
     )
 
 

@@ -37,6 +37,7 @@ from smoke_parts import (
 )
 
 from nndecomp import build
+from nndecomp.activations.sequences import Sequences
 from nndecomp.build import training
 from nndecomp.build.members import Member
 from nndecomp.config.compose import compose
@@ -96,7 +97,7 @@ class Watched:
 def failures(cfg: RunConfig, members: Mapping[str, Member], at: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a run of these decompositions does not do as it should, each with the name of the decomposition."""
     target, whole, cut = build.target(cfg), at / "whole", at / "cut"
-    for name in ("stream", "sequences"):
+    for name in ("stream", "sequences", "shuffled_sequences"):
         made = getattr(training, name)
         with_copy = lambda *given, made=made: Watched(made(*given), whole, cut)  # noqa: E731
         monkeypatch.setattr(training, name, with_copy)
@@ -137,6 +138,7 @@ def unequal(
             if mine.keys() != theirs.keys() or any(not torch.equal(mine[key], theirs[key]) for key in mine):
                 yield f"{name}: {how}, its weights differ"
         x = torch.randn(9, made.read_layout.width)
+        x = Sequences(x.view(1, *x.shape), torch.arange(9)) if made.needs_sequences else x
         if not torch.equal(made(x)[0], loaded(x)[0]):
             yield f"{name}: loaded, it computes something else"
 
