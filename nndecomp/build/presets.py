@@ -1,7 +1,9 @@
 """Decompositions and worlds by the name of their file in conf/."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from nndecomp.config.compose import compose
 from nndecomp.config.schema import DecompositionConfig, RunConfig, require
@@ -22,14 +24,23 @@ def _preset(name: str, words: Sequence[str], n_features: int, k: int | list[int]
     file, *settings = words
     own = {setting.partition("=")[0].lstrip("+") for setting in settings}
     sizes = [] if "n_features" in own else [f"decomposition.n_features={n_features}"]
-    overrides = [f"decomposition={file}", *sizes, *(f"decomposition.{setting}" for setting in settings)]
-    cfg = compose("config", [f"name={name}", *overrides]).decomposition
+    cfg = _composed((f"decomposition={file}", *sizes, *(f"decomposition.{setting}" for setting in settings)))
     if not cfg.selects or "k" in own:
         return cfg
     require(
         k is not None, f"decomposition.k=null, but presets.{name} selects; write k, or presets.{name}=[{file},k=...]"
     )
     return replace(cfg, k=k)
+
+
+def _composed(overrides: tuple[str, ...]) -> DecompositionConfig:
+    return copy.deepcopy(_compose_once(overrides))
+
+
+@cache
+def _compose_once(overrides: tuple[str, ...]) -> DecompositionConfig:
+    """Files are read once a process: many worlds and seeds have the same presets."""
+    return compose("config", ["name=presets", *overrides]).decomposition
 
 
 def world(cfg: RunConfig, name: str, seed: int) -> RunConfig:
