@@ -15,6 +15,14 @@ SWEEP, PARETO = "exp_010_train_transcoder_pile_sweep", "exp_011_pareto_trained_a
 PEERS = "exp_025_parity_with_peers"
 # Three of the four values of k, and all layers, would be the same code again.
 NARROW = ["decomposition.k=8"]
+# So would six worlds with three seeds.
+QUICK = {
+    "exp_019_ground_truth": [
+        "ground_truth.worlds=[two_models,chain]",
+        "ground_truth.seeds=[0]",
+        "ground_truth.heldout_tokens=512",
+    ]
+}
 
 
 def smoke(name: str, out: Path, *arguments: str) -> Finished:
@@ -63,7 +71,7 @@ def test_too_little_heldout_text_is_refused_before_training(tmp_path: Path):
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in (SWEEP, PARETO)])
 def test_every_experiment_runs_at_the_smallest_scale(name: str, out: Path):
-    result = smoke(name, out / name)
+    result = smoke(name, out / name, *QUICK.get(name, []))
     if name == PEERS and not all(map(find_spec, ("sae_lens", "dictionary_learning"))):
         assert result.status == 2 and "needs the extra `bench`" in result.err and len(result.err.splitlines()) == 1
         pytest.skip("the extra bench, which it compares with, is not installed; it was refused in one sentence")

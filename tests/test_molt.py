@@ -12,7 +12,6 @@ from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.molt import TransformGroup
 from nndecomp.errors import SettingError
 from nndecomp.evaluation.costs import axes
-from nndecomp.evaluation.features import features_of
 
 RANKS = [[1, 4], [2, 2]]
 MOLT = {"architecture": Architecture.molt, "ranks": RANKS}
@@ -149,7 +148,6 @@ def test_a_comparison_has_transforms_beside_others_and_ranks_are_theirs_alone() 
 
 def test_what_needs_directions_refuses_transforms_in_one_sentence() -> None:
     made = settled(**MOLT)
-    for ask in (features_of, with_unit_norm_decoder):
-        with pytest.raises(SettingError, match="linear maps for features, not directions") as refused:
-            ask(made)
-        assert "\n" not in str(refused.value)
+    with pytest.raises(SettingError, match="linear maps for features, not directions") as refused:
+        with_unit_norm_decoder(made)
+    assert "\n" not in str(refused.value)

@@ -8,10 +8,13 @@ from truth_parts import IN, OUT, exact, pair, settings, world
 
 from nndecomp.activations.synthetic import World
 from nndecomp.activations.truth import Truth
-from nndecomp.config.schema import Magnitudes, Scope
+from nndecomp.config.schema import Activation, Magnitudes, Scope
 from nndecomp.decompositions.activation_selecting import AbsTopK
 from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.molt import TransformGroup
+from nndecomp.decompositions.spec import ActivationSpec, DictionarySpec, GroupSpec
 from nndecomp.evaluation.absorption import absorbed, main_latents
+from nndecomp.evaluation.features import features_of
 from nndecomp.evaluation.recovery import Recovery, measurements, recovery
 from nndecomp.types import Layout, Site
 
@@ -104,6 +107,20 @@ def test_a_feature_turned_round_counts_where_codes_are_signed():
     dictionary.activation = AbsTopK([3], Scope.group)
     result = found(dictionary, of)
     assert result.cosine.min() > 0.999 and result.encoder_cosine.min() > 0.999
+
+
+def test_a_transform_points_where_it_sends_what_its_encoder_reads():
+    groups = (GroupSpec("L0", (IN,), (OUT,), 3, ranks=((1, 1), (2, 2))),)
+    spec = DictionarySpec("molt", "known", {IN: 4, OUT: 4}, groups, ActivationSpec(kind=Activation.relu))
+    dictionary = SparseDictionary(spec)
+    (bank,) = dictionary.banks
+    assert isinstance(bank, TransformGroup)
+    e = torch.eye(4)
+    with torch.no_grad():
+        bank.W_enc.copy_(2 * e[:3])
+        bank.V.copy_(torch.stack([-e[0], e[1], e[3], e[1], e[2]]))
+        bank.U.copy_(torch.stack([-3 * e[1], e[2], e[0], e[0], 5 * e[3]]))
+    assert features_of(dictionary).decoder.tolist() == [[0, 3, 0, 0], [0, 0, 1, 0], [0, 0, 0, 5]]
 
 
 def models() -> tuple[Truth, Site, Site]:

@@ -8,7 +8,7 @@ it lies. All shards but the last hold `shard_rows` rows.
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import cached_property
@@ -45,8 +45,20 @@ def row_settings(
         named |= {f"paired_target.{key}": value for key, value in asdict(paired_target).items()}
     named |= {f"tokens.{key}": value for key, value in asdict(tokens).items()}
     named |= {f"activations.{key}": getattr(activations, key) for key in ("dtype", "drop_bos", "drop_first")}
-    settings = {key: value.value if isinstance(value, Enum) else value for key, value in named.items()}
+    settings = {key: value for name, each in named.items() for key, value in _plain(name, each)}
     return settings | {"tokenizer": hashlib.blake2b(vocabulary, digest_size=16).hexdigest()}
+
+
+def _plain(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Settings of settings (`target.planted.plan`) one by one, words in place of enums."""
+    match value:
+        case dict():
+            for key, each in value.items():
+                yield from _plain(f"{name}.{key}", each)
+        case Enum():
+            yield name, value.value
+        case _:
+            yield name, value
 
 
 @dataclass(frozen=True)

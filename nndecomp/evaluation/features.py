@@ -10,8 +10,9 @@ from torch import Tensor
 from nndecomp.config.checks import require
 from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.codes import Codes
+from nndecomp.decompositions.group import Group
 from nndecomp.decompositions.groups import SparseDictionary
-from nndecomp.decompositions.molt import require_rows
+from nndecomp.decompositions.molt import TransformGroup
 from nndecomp.decompositions.neurons import NeuronBaseline
 from nndecomp.errors import SettingError
 
@@ -50,7 +51,6 @@ def features_of(decomposition: Decomposition) -> Features:
 
 
 def _of_dictionary(dictionary: SparseDictionary) -> Features:
-    require_rows(dictionary.banks, "none can be matched with true features")
     require(
         not dictionary.needs_sequences,
         "decomposition.architecture=lorsa reads several positions, but true features are known of tokens one by one; "
@@ -63,10 +63,21 @@ def _of_dictionary(dictionary: SparseDictionary) -> Features:
             n += bank.n_features
             encoders.append(bank.W_enc.new_zeros(bank.n_features, dictionary.read_layout.width))
             encoders[-1][:, bank.reads] = bank.W_enc
-            decoders.append(bank.W_dec.new_zeros(bank.n_features, dictionary.write_layout.width))
+            decoders.append(bank.W_enc.new_zeros(bank.n_features, dictionary.write_layout.width))
         of = list(groups).index(spec.name if spec.encoder is None else spec.encoder)
-        decoders[of][:, bank.writes] += bank.W_dec
+        decoders[of][:, bank.writes] += _writes(bank)
     return Features(torch.cat(encoders).cpu(), torch.cat(decoders).cpu(), groups)
+
+
+def _writes(bank: Group) -> Float[Tensor, "feature d_write"]:
+    """Decoder rows; of a transform, what it makes of the direction that its encoder reads: M(e) - M(0), |e| = 1."""
+    match bank:
+        case TransformGroup():
+            own = bank.transform == torch.arange(bank.n_features, device=bank.V.device)[:, None]
+            read = torch.nn.functional.normalize(bank.W_enc, dim=1) @ bank.V.T
+            return (own * read) @ bank.U
+        case _:
+            return bank.W_dec
 
 
 def _of_neurons(neurons: NeuronBaseline) -> Features:

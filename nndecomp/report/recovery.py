@@ -1,6 +1,7 @@
 """Rows of recovery -> a table over seeds, and a figure. Each `run` is a world."""
 
 import matplotlib
+import numpy as np
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -45,28 +46,29 @@ def summary(rows: pandas.DataFrame) -> pandas.DataFrame:
     for run, name, metric, mean, std, count in found.itertuples(index=False, name=None):
         line = lines.setdefault((run, name), {"world": run, "decomposition": name})
         line[metric] = f"{mean:z.2f} ± {std:.2f}" if count > 1 else f"{mean:z.2f}"
-    table = pandas.DataFrame(list(lines.values())).fillna("-")
-    columns = [metric for metric in METRICS if metric in table]
-    return table[["world", "decomposition", *columns]].rename(columns=METRICS)
+    columns = {metric: name for metric, name in METRICS.items() if any(metric in line for line in lines.values())}
+    heads = {"world": "world", "decomposition": "decomposition"} | columns
+    return pandas.DataFrame([{head: line.get(key, "-") for key, head in heads.items()} for line in lines.values()])
 
 
 def figure(rows: pandas.DataFrame) -> Figure:
     """Matched cosine and F1 of every decomposition, a panel a world; bars are one standard deviation over seeds."""
     found = over_seeds(rows)
-    columns = _in_columns({world: len(own.name.unique()) for world, own in found.groupby("run", sort=False)})
+    columns = _in_columns({world: found[found.run == world].name.nunique() for world in dict.fromkeys(found.run)})
     lines = max(sum(2 + n for n in column.values()) for column in columns)
     with matplotlib.rc_context(style.RC):
         drawn = Figure(figsize=(3.6 * len(columns), LINE * lines + 0.6), layout="constrained")
         grid = drawn.add_gridspec(1, len(columns))
-        for place, column in zip(grid, columns, strict=True):
+        panels: list[Axes] = []
+        for c, column in enumerate(columns):
             # What a shorter column leaves is empty, so that lines are equally far apart everywhere.
             rest = lines - sum(2 + n for n in column.values())
             heights = [n + 1.0 for n in column.values()] + [rest + 1e-3]
-            inner = place.subgridspec(len(heights), 1, height_ratios=heights)
-            panels = [drawn.add_subplot(inner[i]) for i in range(len(column))]
-            for panel, world in zip(panels, column, strict=True):
-                _panel(panel, found[found.run == world])
-                panel.set_title(world, loc="left")
+            inner = grid[0, c].subgridspec(len(heights), 1, height_ratios=heights)
+            for i, world in enumerate(column):
+                panels.append(drawn.add_subplot(inner[i]))
+                _panel(panels[-1], found.query("run == @world"))
+                panels[-1].set_title(world, loc="left")
         drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return drawn
 
@@ -88,7 +90,7 @@ def _panel(panel: Axes, own: pandas.DataFrame) -> None:
         of = own[own.metric == metric].set_index("name").loc[names]
         spread = of["std"].fillna(0)
         panel.errorbar(of["mean"], range(len(names)), xerr=spread, fmt=marker, color=colour, label=METRICS[metric])
-    chance = own[own.metric == "matched_cosine_null"]["mean"].mean()
+    chance = float(np.mean(own.query("metric == 'matched_cosine_null'")["mean"]))
     panel.axvline(chance, color=style.GREY, linestyle=":", label="chance (cosine)")
     panel.set_yticks(range(len(names)), names)
     panel.set_ylim(-0.6, len(names) - 0.4)
