@@ -54,7 +54,7 @@ def summary(rows: pandas.DataFrame) -> pandas.DataFrame:
 def figure(rows: pandas.DataFrame) -> Figure:
     """Matched cosine and F1 of every decomposition, a panel a world; bars are one standard deviation over seeds."""
     found = over_seeds(rows)
-    columns = _in_columns({world: found[found.run == world].name.nunique() for world in dict.fromkeys(found.run)})
+    columns = _in_columns({world: len(set(found.name[found.run == world])) for world in dict.fromkeys(found.run)})
     lines = max(sum(2 + n for n in column.values()) for column in columns)
     with matplotlib.rc_context(style.RC):
         drawn = Figure(figsize=(3.6 * len(columns), LINE * lines + 0.6), layout="constrained")
