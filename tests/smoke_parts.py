@@ -91,10 +91,6 @@ CHOICES: dict[str, list[dict[str, Any]]] = {
         {"jumprelu_gradient": gradient, "jumprelu_log_threshold": log, "threshold_lr": 0.3}
         for gradient, log in zip(JumpReluGradient, (False, True, True), strict=True)
     ],
-    "attention": [
-        {"attention_start": AttentionStart.target},
-        {"attention_start": AttentionStart.random, "n_qk_heads": 4, "d_qk": 6, "rotary": False},
-    ],
     "k": [{}, {"k_start": 6, "k_anneal": 0.2}],
     "dead": [
         {"dead": Dead.none},

@@ -98,19 +98,24 @@ def check_effects(cfg: Settings) -> None:
             "directions=active_subspace or heads",
             ("subspace_share",),
         ),
-        (cfg.decoder is not Decoder.unit_norm, "decoder=free", ("decoder_norm_search",)),
+        (cfg.decoder is not Decoder.unit_norm, "decoder=free", ("decoder_norm", "decoder_norm_search")),
         (cfg.decoder_norm is None, "decoder_norm=null", ("decoder_norm_search",)),
         (cfg.activation is not Activation.matching_pursuit, "an encoder to centre", ("centre_pre_activations",)),
-        (cfg.directions not in (Directions.mlp_response, Directions.neurons), "directions=random", ("tied",)),
+        (
+            cfg.directions not in (Directions.mlp_response, Directions.neurons),
+            "directions=random or active_subspace",
+            ("tied",),
+        ),
         (cfg.selects, "an activation function that takes k", ("k_start", "k_anneal", "scope")),
     ]
     initial = _defaults(type(cfg))
     for has_effect, condition, names in effects:
         for name in names:
             value = getattr(cfg, name)
+            without = condition if condition.startswith(("a ", "an ")) else f"decomposition.{condition}"
             require(
                 has_effect or value == initial[name],
-                f"decomposition.{name}={_plain(value)} has no effect without decomposition.{condition}",
+                f"decomposition.{name}={_plain(value)} has no effect without {without}",
             )
     for on, name in (
         (cfg.penalty is not Penalty.none, "penalty"),
