@@ -24,7 +24,7 @@ from lorsa_parts import (
     train,
 )
 
-from nndecomp.activations.sequences import Sequences
+from nndecomp.activations.sequences import Sequences, beside
 from nndecomp.activations.statistics import Affine
 from nndecomp.config.schema import (
     Activation,
@@ -37,9 +37,11 @@ from nndecomp.config.schema import (
     PreActivationLoss,
 )
 from nndecomp.decompositions.activation_pointwise import JumpRelu
+from nndecomp.decompositions.conversion import to_jumprelu
 from nndecomp.decompositions.dead import dead_pre_activations
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.sizes import n_parameters
+from nndecomp.decompositions.stack import stack
 from nndecomp.errors import SettingError
 from nndecomp.evaluation.costs import axes
 
@@ -227,6 +229,23 @@ def test_a_pass_site_by_site_equals_forward(settings: dict[str, Any]) -> None:
         else:
             torch.testing.assert_close(run.write(site), y_hat[:, made.write_layout.spans[site]])
     assert torch.equal(run.active().counts(), codes.counts())
+
+
+def test_those_trained_apart_stand_side_by_side_as_one() -> None:
+    parts = [settled(**LORSA, **ACTIVATIONS["topk"], layers=[layer]) for layer in (0, 2)]
+    whole = stack(parts, "lorsa")
+    assert whole.needs_sequences
+    each = [inputs(part, seed) for seed, part in enumerate(parts)]
+    together = beside(each)
+    assert isinstance(together, Sequences)
+    torch.testing.assert_close(
+        whole(together)[0], torch.cat([part(x)[0] for part, x in zip(parts, each, strict=True)], 1)
+    )
+
+
+def test_batchtopk_becomes_jumprelu_and_stays_what_it_is() -> None:
+    made = settled(**LORSA, **ACTIVATIONS["batchtopk"])
+    torch.testing.assert_close(to_jumprelu(made)(inputs(made))[0], made(inputs(made))[0])
 
 
 def test_contributions_of_positions_add_up_to_what_a_head_reads() -> None:
