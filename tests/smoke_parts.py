@@ -181,15 +181,15 @@ def config(cell: Cell, shape: Shape, **more: Any) -> DecompositionConfig:
 
 
 def planned(cell: Cell, shape: Shape) -> Planned:
-    """Choices drawn one after the other, in an order of the cell's own: each stays if it goes with those before it."""
-    draw = random.Random(str(cell))
-    order = list(CHOICES)
-    draw.shuffle(order)
+    """Choices drawn one after the other, in an order of the cell's own: each stays if it goes with those before it. What is
+    drawn for one does not depend on which others there are."""
+    of = {name: random.Random(f"{cell} {name}") for name in CHOICES}
+    order = sorted(CHOICES, key=lambda name: of[name].random())
     settings: dict[str, Any] = {}
     drawn: dict[str, int] = {}
     refused = []
     for name in order:
-        i = draw.randrange(len(CHOICES[name]))
+        i = of[name].randrange(len(CHOICES[name]))
         try:
             config(cell, shape, **settings, **CHOICES[name][i])
         except SettingError as said:

@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from decomposition_parts import BOTH_MODELS
 from smoke_parts import (
     ALL_ACTIVATIONS,
     ALL_ARCHITECTURES,
+    CHOICES,
     CUT,
     LOSSES,
     N_LAYERS,
@@ -41,7 +43,7 @@ from nndecomp.activations.sequences import Sequences
 from nndecomp.build import training
 from nndecomp.build.members import Member
 from nndecomp.config.compose import compose
-from nndecomp.config.schema import Normalisation, RunConfig, TargetConfig, TargetKind
+from nndecomp.config.schema import Directions, Normalisation, RunConfig, TargetConfig, TargetKind
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.errors import SettingError
 from nndecomp.targets.base import Shape, Target
@@ -256,6 +258,29 @@ def test_what_makes_no_sense_is_refused_by_one_sentence_and_nothing_else_is(arch
         with pytest.raises(SettingError) as said:
             config(cell, shape)
         one_sentence(str(said.value))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_any_two_choices_meet_in_the_matrix_or_are_refused_wherever_they_do(settings: RunConfig):
+    shapes = {name: shape_of(of(settings, name, Normalisation.dataset)) for name in ALL_ARCHITECTURES}
+    every = [cell for cell in cells(LOSSES | THROUGH) if sensible(cell)]
+    met = set()
+    for cell in every:
+        plan = planned(cell, shapes[cell.architecture])
+        for said in plan.refused:
+            one_sentence(said)
+        met |= set(combinations(sorted(plan.drawn.items()), 2))
+    # Values that one architecture alone takes meet only some of the others in its few cells.
+    alone = {("patterns", i) for i in range(len(CHOICES["patterns"]))}
+    alone.add(("directions", CHOICES["directions"].index({"directions": Directions.heads})))
+    values = [(name, i) for name in sorted(CHOICES) for i in range(len(CHOICES[name])) if (name, i) not in alone]
+    for (a, i), (b, j) in combinations(values, 2):
+        if a == b or ((a, i), (b, j)) in met:
+            continue
+        for cell in every[:: len(every) // 60]:
+            with pytest.raises(SettingError):
+                config(cell, shapes[cell.architecture], **CHOICES[a][i], **CHOICES[b][j])
 
 
 def one_sentence(said: str) -> None:
