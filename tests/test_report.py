@@ -98,8 +98,8 @@ def test_active_components_are_labelled_with_the_inputs_they_were_counted_on():
     rows = made_up(k=8)
     rows.loc[rows.metric.isin(style.AXES) & (rows.inputs == "live"), "value"] = 790.0
     clean, live = summary(rows).iloc[0], summary(rows[rows.inputs != "clean"]).iloc[0]
-    assert clean["active per MLP clean"] == clean["active per module clean"] == "800.0"
-    assert live["active per MLP live"] == live["active per module live"] == "790.0"
+    assert clean["active per site clean"] == clean["active per module clean"] == "800.0"
+    assert live["active per site live"] == live["active per module live"] == "790.0"
 
 
 def test_measuring_twice_is_refused():

@@ -48,7 +48,7 @@ NAMES = {
 }
 AXES = {
     "active_per_module": "active components per module",
-    "active_per_reconstruction": "active components per MLP",
+    "active_per_reconstruction": "active components per written site",
     "active_parameters": "active parameters",
     "active_parameters_with_gate": "active parameters, encoder included",
     "description_length": "description length (bits per token)",

@@ -49,7 +49,7 @@ def _cells(first: Result, modes: Mapping[str, Result | None]) -> dict[str, str]:
     cells = {
         "decomposition": first.context.name or first.context.run,
         f"active per module {inputs}": _number(counted["active_per_module"].value, ".1f"),
-        f"active per MLP {inputs}": _number(counted["active_per_reconstruction"].value, ".1f"),
+        f"active per site {inputs}": _number(counted["active_per_reconstruction"].value, ".1f"),
         "dead": _number(first["dead_fraction"].value, ".1%"),
     }
     for inputs, there in of_mode.items():
