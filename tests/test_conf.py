@@ -210,7 +210,7 @@ def test_a_job_is_named_by_its_overrides_so_that_a_longer_sweep_finds_it():
         ("decomposition.n_features=null", "decomposition.n_features"),
         ("target=gtp2", "target=gtp2 is not possible: no file conf/target/gtp2.yaml; did you mean gpt2?"),
         ("+sweep=kk", "did you mean k?"),
-        ("+scale=smal", "There are: smoke, tiny"),
+        ("+scale=smal", "no file conf/scale/smal.yaml; there are: smoke, tiny"),
         ("target.kind=hf", "expected one of [llama_simple_mlp, huggingface, transformer_lens, planted, synthetic]"),
         ("pretrain.n_layers=2", "null in this experiment"),
         ("decomposition.k={", "cannot be read as setting=value"),

@@ -16,6 +16,7 @@ from nndecomp.config.compose import compose
 from nndecomp.config.registry import CONF
 from nndecomp.config.schema import RunConfig, TargetConfig, TargetKind
 from nndecomp.decompositions.architectures import build_dictionary
+from nndecomp.errors import SettingError
 
 FILES = {path.stem: path for path in sorted((CONF / "decomposition").glob("*.yaml"))}
 # The trainers of dictionary_learning and its forks, crosslayer-transcoder, sparsify, and the newer architectures.
@@ -75,8 +76,20 @@ def test_presets_are_refused_nothing_and_train(chunk: int, settings: RunConfig, 
             presets={name: words for name, words in cfg.presets.items() if name in own},
             paired_target=cfg.paired_target if own == both else None,
         )
-        build.check(run, trains=True)
+        build.check(run, trains=True, patches=False)  # of several layers, which one figure would not compare
         trains(run, tmp_path / ("both" if own == both else "one"))
+
+
+def test_what_one_figure_cannot_compare_is_refused_before_it_trains():
+    with pytest.raises(SettingError, match=r"b writes layers=\[0\] and a layers=\[2\], .* give b layers=\[2\]"):
+        build.check(
+            compose("exp_004_train_presets", ["+scale=smoke", "+presets={a: [topk], b: [transcoder]}"]), trains=True
+        )
+    same = compose("exp_004_train_presets", ["+scale=smoke", '+presets={a: [topk], b: [transcoder, "layers=[2]"]}'])
+    build.check(same, trains=True)
+    variant = compose("exp_017_clt_replacement_model", ["+scale=smoke", "+compare.variants.x.layers=[0]"])
+    with pytest.raises(SettingError, match=r"x_k\d+\S* writes layers=\[0\]"):
+        build.check(variant, trains=True)
 
 
 def trains(cfg: RunConfig, out: Path) -> None:

@@ -165,6 +165,7 @@ def test_presets_are_shown_by_their_names():
     drawn(figure)
     names, clean = list(dict.fromkeys(rows.name)), wide(rows).query("inputs == 'clean'")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    assert figure.get_suptitle() == f"{rows.target[0]}, {figures.layers_in_words(rows.layers[0])}, clean"
     for panel, column in zip(figure.axes, presets.METRICS, strict=True):
         shown = [y for line in panel.lines for y in line.get_ydata()]
         assert shown == pytest.approx(clean[column].tolist())

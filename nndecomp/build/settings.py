@@ -49,7 +49,7 @@ def device(cfg: RunConfig) -> torch.device:
 def check(cfg: RunConfig, trains: bool = False, patches: bool = True) -> None:
     """Refuses (SettingError) what sizes alone can refuse: no weight is loaded, nothing is written.
 
-    trains: the experiment trains decompositions. patches: it puts them into the target.
+    trains: the experiment trains decompositions. patches: it puts them into the target, and compares them there.
     """
     device(cfg)
     check_log(cfg.log)
@@ -71,6 +71,8 @@ def check(cfg: RunConfig, trains: bool = False, patches: bool = True) -> None:
     if trains:
         for name, each in trainable(cfg).items():
             check_wiring(name, each.config, shape)
+        if patches:
+            check_comparable(cfg, shape)
     if cfg.runs:
         check_runs(cfg)
     if not cfg.runs:
@@ -104,6 +106,20 @@ def decomposed_sites(cfg: RunConfig, shape: Shape) -> list[Site]:
     """Every site that a decomposition of the run reads or writes; SettingError if the target has no such site."""
     groups = [group for each in decompositions(cfg).values() for group in wire(each, shape).groups]
     return sorted({site for group in groups for site in (*group.reads, *group.writes)})
+
+
+def check_comparable(cfg: RunConfig, shape: Shape) -> None:
+    """What a model loses depends on which layers are replaced, so one table and figure are of the same layers."""
+    first, *others = (
+        (name, sorted({site.layer for group in wire(each, shape).groups for site in group.writes}))
+        for name, each in decompositions(cfg).items()
+    )
+    for name, layers in others:
+        require(
+            layers == first[1],
+            f"{name} writes layers={layers} and {first[0]} layers={first[1]}, but what one run compares takes the place "
+            f"of the same layers; give {name} layers={first[1]}, or train it in a run of its own",
+        )
 
 
 def check_length(cfg: RunConfig, shape: Shape) -> None:

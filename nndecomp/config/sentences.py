@@ -61,7 +61,7 @@ def missing_option(error: MissingConfigException, conf: Path) -> str:
     guess = get_close_matches(option, there, n=1)
     return (
         f"{group}={option} is not possible: no file conf/{asked.removesuffix('.yaml')}.yaml; "
-        f"{f'did you mean {guess[0]}? ' if guess else ''}There are: {', '.join(there)}"
+        f"{f'did you mean {guess[0]}? There' if guess else 'there'} are: {', '.join(there)}"
     )
 
 

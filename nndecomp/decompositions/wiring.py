@@ -196,6 +196,11 @@ def _sites(setting: str, names: Sequence[str], cfg: DecompositionConfig, shape: 
     sites = []
     for name in names:
         model, _, place = name.rpartition(":")
+        require(
+            not model or shape.models != (None,),
+            f"decomposition.{setting}={list(names)} names model {model}, but there is one target; write paired_target for "
+            "a second, e.g. +target@paired_target=tiny_docs",
+        )
         if place in Point.__members__ or place == _EVERY_HEAD:
             sites += _over_layers(place, cfg, model or None, shape.of(model or None))
             continue

@@ -62,11 +62,17 @@ def _draw(rows: pandas.DataFrame, axes: Sequence[str], metric: str) -> Figure:
 
 def _title(points: Sequence[Result]) -> str:
     context = points[0].context
-    layers = [int(layer) for layer in context.layers.split(",")]
+    return (
+        f"{context.target}, {layers_in_words(context.layers)} replaced (target CE {_mean(points, 'ce_clean'):.3f} nats)"
+    )
+
+
+def layers_in_words(listed: str) -> str:
+    """`2` -> layer 2; `0,1,2` -> layers 0 to 2; `0,2` -> layers 0,2."""
+    layers = [int(layer) for layer in listed.split(",")]
     together = layers == list(range(layers[0], layers[0] + len(layers)))
-    which = f"{layers[0]} to {layers[-1]}" if together else context.layers
-    what = f"layer {layers[0]}" if len(layers) == 1 else f"layers {which}"
-    return f"{context.target}, {what} replaced (target CE {_mean(points, 'ce_clean'):.3f} nats)"
+    which = f"{layers[0]} to {layers[-1]}" if together else listed
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {which}"
 
 
 def _mean(points: Sequence[Result], metric: str) -> float:

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from nndecomp.report import style
-from nndecomp.report.figures import MARKERS, plain_ticks
+from nndecomp.report.figures import MARKERS, layers_in_words, plain_ticks
 from nndecomp.report.results import results
 
 METRICS = {"fvu": "fraction of variance unexplained", "ce_increase": "CE increase (nats)"}
@@ -38,5 +38,5 @@ def figure(rows: pandas.DataFrame) -> Figure:
         ]
         drawn.legend(handles=handles, loc="outside right upper")
         context = points[0].context
-        drawn.suptitle(f"{context.target}, layers {context.layers}, clean", x=0.01, ha="left", fontsize=10)
+        drawn.suptitle(f"{context.target}, {layers_in_words(context.layers)}, clean", x=0.01, ha="left", fontsize=10)
     return drawn
