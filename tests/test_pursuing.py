@@ -1,5 +1,6 @@
 """Dictionaries in another form: measured with a pursuit in place of their encoder, and converted in a notebook."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,9 @@ def test_known_features_are_found_by_a_pursuit_through_a_decoder_that_holds_them
     build.check(asked, trains=True, patches=False)
     cfg = build.world(asked, "separated", 0)
     target, member = build.target(cfg), build.trainable(cfg)["topk"]
-    dictionary = build_dictionary(member.config, target.shape, 0, target.device, target.name).eval()
+    assert cfg.activations.synthetic is not None
+    as_many = replace(member.config, n_features=cfg.activations.synthetic.n_features)
+    dictionary = build_dictionary(as_many, target.shape, 0, target.device, target.name).eval()
     known = build.truth(cfg, target, dictionary, 2000)
     with torch.no_grad():
         dictionary.banks[0].W_enc.zero_()
