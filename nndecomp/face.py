@@ -177,6 +177,7 @@ def evaluate(
     nndecomp.evaluate(target, {"clt": clt, "neurons": nndecomp.neurons(target, 16)}, "tokens=stdlib", "tokens.seq_len=128")
     """
     named = decompositions if isinstance(decompositions, Mapping) else {"decomposition": decompositions}
+    require(bool(named), "decompositions={} has nothing to measure; give one, or several by name")
     cfg = compose("config", ["name=notebook", *overrides])
     build.check_length(cfg, target.shape)
     return build.measured(cfg, target, {name: [each] for name, each in named.items()}, run="notebook")

@@ -202,6 +202,7 @@ def test_a_job_is_named_by_its_overrides_so_that_a_longer_sweep_finds_it():
             "presets.plain cannot be added to an empty presets without a plus; "
             "write '+presets={<name>: [<file of conf/decomposition>]}'",
         ),
+        ("+presets={plain: topk}", "presets={plain: topk} is not a list; write presets.plain=[...]"),
         ("seeed=3", "seeed is not a setting; did you mean seed?"),
         ("training.n_tokens=many", "Value 'many' of type 'str' could not be converted to Integer"),
         ("training.lr=[1]", "training.lr"),

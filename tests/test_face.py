@@ -122,6 +122,8 @@ def test_what_is_not_there_is_named(target: Target, run: Path):
         nndecomp.record(target, TEXT, ["L9.mlp_in"])
     with pytest.raises(SettingError, match="layers=\\[7\\]"):
         nndecomp.patched_logits(target, nndecomp.neurons(target, 4), TEXT, layers=[7])
+    with pytest.raises(SettingError, match="decompositions={} has nothing to measure"):
+        nndecomp.evaluate(target, {})
     with pytest.raises(SettingError, match="tokens.seq_len=5000"):
         nndecomp.evaluate(target, nndecomp.neurons(target, 4), "tokens.seq_len=5000")
 

@@ -87,7 +87,7 @@ def sentence(error: BaseException, conf: Path) -> str:
         case ValidationError():
             given = re.search(r"override (\S+=.*)", str(error))
             asked = given[1] if given else first.full_key
-            if "is not a ListConfig" in said:
+            if "is not a ListConfig" in said or "type hint 'typing.List" in said:
                 return f"{where}{asked} is not a list; write {first.full_key}=[...]"
             return f"{where}{asked} is not possible: {first.full_key}: {said}"
         case MissingMandatoryValue():
