@@ -19,7 +19,7 @@ format: ## let ruff rewrite what it can
 	$(RUN) ruff format
 
 test: ## the fast tests
-	$(RUN) pytest
+	$(RUN) pytest -n auto
 
 test-all: ## the fast tests, the slow ones, and those on a SLURM cluster
 	$(RUN) pytest -m ""

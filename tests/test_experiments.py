@@ -17,11 +17,13 @@ PEERS = "exp_025_parity_with_peers"
 NARROW = ["decomposition.k=8"]
 # So would six worlds with three seeds.
 QUICK = {
+    "exp_015_crosscoder_model_diff": ["~compare.variants.batchtopk"],
+    "exp_016_dedicated_feature_crosscoder": ["~compare.variants.all_none", "~compare.variants.all_sae"],
     "exp_019_ground_truth": [
         "ground_truth.worlds=[two_models,chain]",
         "ground_truth.seeds=[0]",
         "ground_truth.heldout_tokens=512",
-    ]
+    ],
 }
 
 

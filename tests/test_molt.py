@@ -7,7 +7,6 @@ from torch import Tensor
 
 from nndecomp.build.members import of_architecture
 from nndecomp.config.schema import Activation, Architecture, Dead
-from nndecomp.decompositions.conversion import with_unit_norm_decoder
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.molt import TransformGroup
 from nndecomp.errors import SettingError
@@ -144,10 +143,3 @@ def test_a_comparison_has_transforms_beside_others_and_ranks_are_theirs_alone() 
     assert of_architecture(base, Architecture.molt, 5).ranks == RANKS
     other = of_architecture(base, Architecture.per_layer_transcoder, 5)
     assert (other.architecture, other.reads, other.k) == (Architecture.per_layer_transcoder, ["mlp_in"], 5)
-
-
-def test_what_needs_directions_refuses_transforms_in_one_sentence() -> None:
-    made = settled(**MOLT)
-    with pytest.raises(SettingError, match="linear maps for features, not directions") as refused:
-        with_unit_norm_decoder(made)
-    assert "\n" not in str(refused.value)

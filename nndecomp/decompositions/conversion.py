@@ -15,7 +15,6 @@ from nndecomp.config.schema import Activation, CodeNormalisation, Scope, require
 from nndecomp.decompositions.activation_pointwise import Gated, JumpRelu
 from nndecomp.decompositions.activation_selecting import BatchTopK, TopK
 from nndecomp.decompositions.groups import SparseDictionary
-from nndecomp.decompositions.molt import require_rows
 from nndecomp.decompositions.spec import ActivationSpec
 
 
@@ -111,7 +110,6 @@ def with_unit_norm_decoder(dictionary: SparseDictionary) -> SparseDictionary:
         all(group.encoder is None for group in dictionary.spec.groups),
         "decoupled groups share an encoder, and cannot all have decoder rows of norm 1",
     )
-    require_rows(dictionary.banks, "there are no rows to give norm 1")
     made = copy.deepcopy(dictionary)
     ranks = not isinstance(made.activation, Gated) and made.spec.activation.kind is not Activation.relu
     if ranks or made.spec.activation.code_normalisation is not CodeNormalisation.none:
