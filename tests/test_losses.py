@@ -288,6 +288,11 @@ def test_the_pre_activation_loss_of_dead_features_is_of_no_other():
         ({**JUMP, "penalty": Penalty.l0_target, "penalty_coefficient": 1.0}, "penalty_target=None does not go with"),
         ({**RELU, "penalty": Penalty.l0, "penalty_coefficient": 1.0}, "needs decomposition.activation=jumprelu"),
         ({**RELU, "p_end": 0.5}, "p_end=0.5 has no effect without"),
+        ({"mixed_weights": [1.0, 1.0]}, "has no effect without decomposition.code_normalisation=mixed"),
+        (
+            {"code_normalisation": CodeNormalisation.mixed, "mixed_weights": [1.0]},
+            "must be two numbers, of sae and of crosscoder",
+        ),
         ({"matryoshka": [0.5, 0.4]}, "must be positive shares that add to 1"),
         ({"matryoshka_weights": [1.0]}, "has no effect without decomposition.matryoshka"),
     ],

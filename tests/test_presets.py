@@ -92,6 +92,26 @@ def test_what_one_figure_cannot_compare_is_refused_before_it_trains():
         build.check(variant, trains=True)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["decomposition=crosscoder"],
+            "measures nothing of crosscoder, since group shared reads L3.resid_post, which runs",
+        ),
+        (["decomposition=dfc", "+target@paired_target=tiny"], "since its sites are in two models"),
+    ],
+)
+def test_dictionaries_without_live_inputs_are_not_trained_to_be_measured_on_them_alone(overrides, sentence):
+    def check(inputs: str) -> None:
+        asked = ["+scale=smoke", *overrides, f"evaluation.inputs=[{inputs}]"]
+        build.check(compose("exp_004_train_presets", asked), trains=True)
+
+    check("clean,live")
+    with pytest.raises(SettingError, match=sentence):
+        check("live")
+
+
 def trains(cfg: RunConfig, out: Path) -> None:
     target = build.target(cfg)
     members: dict[str, Member] = build.trainable(cfg)

@@ -172,6 +172,14 @@ def test_presets_are_shown_by_their_names():
         assert len({(line.get_color(), line.get_marker()) for line in panel.lines}) == len(names)
 
 
+def test_presets_that_were_measured_live_alone_are_drawn_live():
+    rows = grid()
+    figure = presets.figure(rows[rows.inputs != "clean"])
+    assert figure.get_suptitle().endswith(", live")
+    shown = [y for line in figure.axes[1].lines for y in line.get_ydata()]
+    assert shown == pytest.approx(wide(rows).query("inputs == 'live'").ce_increase.tolist())
+
+
 def test_legend_and_data_do_not_overlap():
     figure = figures.pareto(grid())
     drawn(figure)

@@ -17,6 +17,7 @@ from nndecomp.config.schema import (
 )
 from nndecomp.decompositions.architectures import dictionary_spec
 from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.evaluation.patching import several_models
 from nndecomp.targets.base import Shape, Target
 from nndecomp.tokens import open_tokens
 from nndecomp.training.clean_sequences import CleanSequences
@@ -58,6 +59,13 @@ def check_batches(cfg: RunConfig, setting: str) -> None:
         f"training.batch_tokens={cfg.training.batch_tokens} must be a multiple of tokens.seq_len={cfg.tokens.seq_len}, "
         f"since decomposition.{setting} trains on whole sequences",
     )
+
+
+def live_obstacle(cfg: DecompositionConfig, shape: Shape) -> str | None:
+    """Why a dictionary with these settings cannot take the place of its sites in a run that it changes, or None."""
+    with torch.device("meta"):  # sizes alone
+        dictionary = SparseDictionary(dictionary_spec(cfg, shape, ""))
+    return several_models((*dictionary.reads, *dictionary.writes)) or dictionary.live_obstacle()
 
 
 def check_wiring(name: str, cfg: DecompositionConfig, shape: Shape) -> None:

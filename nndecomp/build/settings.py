@@ -9,7 +9,7 @@ from nndecomp.activations.buffer import check_capacity
 from nndecomp.activations.harvest import check_positions
 from nndecomp.activations.sequences import check_sequences
 from nndecomp.activations.store import open_store
-from nndecomp.build.end_to_end import attends, check_batches, check_wiring, is_end_to_end
+from nndecomp.build.end_to_end import attends, check_batches, check_wiring, is_end_to_end, live_obstacle
 from nndecomp.build.members import Member, decompositions, members
 from nndecomp.build.presets import world
 from nndecomp.build.pursuing import check_pursuit
@@ -17,6 +17,7 @@ from nndecomp.config.compose import load
 from nndecomp.config.schema import (
     ActivationsKind,
     Architecture,
+    Inputs,
     RunConfig,
     TargetConfig,
     TargetKind,
@@ -73,6 +74,7 @@ def check(cfg: RunConfig, trains: bool = False, patches: bool = True) -> None:
             check_wiring(name, each.config, shape)
         if patches:
             check_comparable(cfg, shape)
+            check_inputs(cfg, shape)
     if cfg.runs:
         check_runs(cfg)
     if not cfg.runs:
@@ -119,6 +121,18 @@ def check_comparable(cfg: RunConfig, shape: Shape) -> None:
             layers == first[1],
             f"{name} writes layers={layers} and {first[0]} layers={first[1]}, but what one run compares takes the place "
             f"of the same layers; give {name} layers={first[1]}, or train it in a run of its own",
+        )
+
+
+def check_inputs(cfg: RunConfig, shape: Shape) -> None:
+    """Where clean inputs are not asked for, every dictionary must answer to live ones."""
+    if Inputs.clean in cfg.evaluation.inputs:
+        return
+    for name, each in trainable(cfg).items():
+        obstacle = live_obstacle(each.config, shape)
+        require(
+            obstacle is None,
+            f"evaluation.inputs=[live] measures nothing of {name}, since {obstacle}; write evaluation.inputs=[clean]",
         )
 
 

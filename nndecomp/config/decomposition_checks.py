@@ -72,6 +72,11 @@ def check_effects(cfg: Settings) -> None:
     effects: list[tuple[bool, str, tuple[str, ...]]] = [
         (cfg.penalty is not Penalty.none, "penalty", ("penalty_coefficient", "penalty_warmup")),
         (_weighs_codes(cfg), "a penalty on codes, or a pre_activation_loss on z", ("penalty_normalisation",)),
+        (
+            CodeNormalisation.mixed in (cfg.code_normalisation, cfg.penalty_normalisation),
+            "code_normalisation=mixed or penalty_normalisation=mixed",
+            ("mixed_weights",),
+        ),
         (cfg.penalty in (Penalty.tanh, Penalty.tanh_quadratic), "penalty=tanh or tanh_quadratic", ("penalty_scale",)),
         (cfg.penalty is Penalty.tanh_quadratic, "penalty=tanh_quadratic", ("penalty_frequency",)),
         (cfg.penalty is Penalty.lp, "penalty=lp", ("p_start", "p_end", "p_anneal", "p_steps")),
@@ -151,6 +156,10 @@ def check_ranges(cfg: Settings) -> None:
     require(
         len(cfg.p_anneal) == 2 and 0 <= cfg.p_anneal[0] <= cfg.p_anneal[1] <= 1,
         f"decomposition.p_anneal={cfg.p_anneal} must be two shares of training, e.g. [0.5, 1.0]",
+    )
+    require(
+        len(cfg.mixed_weights) == 2 and min(cfg.mixed_weights) >= 0 and sum(cfg.mixed_weights) > 0,
+        f"decomposition.mixed_weights={cfg.mixed_weights} must be two numbers, of sae and of crosscoder, e.g. [1.0, 0.1]",
     )
     require(
         cfg.penalty not in _OF_CODES

@@ -201,6 +201,11 @@ def _sites(setting: str, names: Sequence[str], cfg: DecompositionConfig, shape: 
             f"decomposition.{setting}={list(names)} names model {model}, but there is one target; write paired_target for "
             "a second, e.g. +target@paired_target=tiny_docs",
         )
+        require(
+            bool(model) or shape.models == (None,),
+            f"decomposition.{setting}={list(names)} does not say which of two models it is in; begin each with A: (target) "
+            "or B: (paired_target), or leave paired_target out",
+        )
         if place in Point.__members__ or place == _EVERY_HEAD:
             sites += _over_layers(place, cfg, model or None, shape.of(model or None))
             continue

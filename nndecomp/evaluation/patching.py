@@ -68,6 +68,12 @@ def by_model(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
     return [tuple(sorted(site for site in sites if (site.model or "") == model)) for model in models]
 
 
+def several_models(sites: Sequence[Site]) -> str | None:
+    """Why all of `sites` cannot be replaced in one run, or None."""
+    apart = len(by_model(sites)) > 1
+    return "its sites are in two models, of which neither reads what the other writes" if apart else None
+
+
 def model_of(sites: Sequence[Site]) -> str | None:
     """The one model that all of `sites` are in."""
     models = {site.model for site in sites}

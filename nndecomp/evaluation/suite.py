@@ -29,6 +29,7 @@ from nndecomp.evaluation.patching import (
     model_of,
     patch_sets,
     predictions,
+    several_models,
 )
 from nndecomp.evaluation.reconstruction import Activity, SiteErrors, density_summary, site_means
 from nndecomp.evaluation.rows import Measurement
@@ -55,8 +56,8 @@ class _Replacement:
         self.sets = patch_sets(self.writes, cfg.patched)
         models = by_model(self.writes)
         obstacles = [reason for each in decompositions if (reason := each.live_obstacle()) is not None]
-        if len(by_model((*self.reads, *self.writes))) > 1:
-            obstacles.insert(0, "its sites are in two models, of which neither reads what the other writes")
+        if (reason := several_models((*self.reads, *self.writes))) is not None:
+            obstacles.insert(0, reason)
         self.obstacle = obstacles[0] if obstacles and Inputs.live in cfg.inputs else None
         self.inputs = [i for i in cfg.inputs if i is not Inputs.live or not obstacles]
         # Live reconstruction is measured with everything replaced, where errors compound most.

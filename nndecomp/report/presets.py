@@ -13,8 +13,10 @@ METRICS = {"fvu": "fraction of variance unexplained", "ce_increase": "CE increas
 
 
 def figure(rows: pandas.DataFrame) -> Figure:
-    """Reconstruction, and what the model loses, against active features a module, clean; one marker a preset."""
-    points = [point for point in results(rows) if point.inputs == "clean"]
+    """Reconstruction, and what the model loses, against active features a module; one marker a preset."""
+    every = results(rows)
+    inputs = min(point.inputs for point in every)  # clean, or live where only that was measured
+    points = [point for point in every if point.inputs == inputs]
     names = list(dict.fromkeys(point.context.name for point in points))
     colours = list(dict.fromkeys([*style.COLOURS.values(), *style.OTHER]))
     looks = {name: (colours[i % len(colours)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
@@ -38,5 +40,5 @@ def figure(rows: pandas.DataFrame) -> Figure:
         ]
         drawn.legend(handles=handles, loc="outside right upper")
         context = points[0].context
-        drawn.suptitle(f"{context.target}, {layers_in_words(context.layers)}, clean", x=0.01, ha="left", fontsize=10)
+        drawn.suptitle(f"{context.target}, {layers_in_words(context.layers)}, {inputs}", x=0.01, ha="left", fontsize=10)
     return drawn
