@@ -207,3 +207,9 @@ def test_all_groups_competing_can_be_run_live_once_the_threshold_is_known():
     for site in made.reads:
         run.read(site, x[:, made.read_layout.spans[site]])
     torch.testing.assert_close(run.write(made.writes[-1]), made(x)[0][:, made.write_layout.spans[made.writes[-1]]])
+
+
+def test_rows_of_another_width_are_refused_with_both_numbers():
+    made = settled(**ARCHITECTURES["per_layer_transcoder"])
+    with pytest.raises(AssertionError, match=f"rows of 3 numbers, but .* have {made.read_layout.width} side by side"):
+        made.encode(inputs(made)[:, :3])

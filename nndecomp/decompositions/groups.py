@@ -128,6 +128,8 @@ class SparseDictionary(Pretrained, Decomposition):
             assert isinstance(x, Sequences), "attention needs whole sequences, not tokens one by one"
         else:
             assert isinstance(x, Tensor) and x.ndim == 2, "rows are [token, d_reads]: flatten sequences first"
+            width, sites = self.read_layout.width, ", ".join(map(str, self.read_layout.sites))
+            assert x.shape[1] == width, f"rows of {x.shape[1]} numbers, but {sites} have {width} side by side"
         groups = range(len(self.groups))
         return self.encode_groups([self.read(x, g) for g in groups], groups)
 
