@@ -50,7 +50,9 @@ ALL_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "lorsa": {"architecture": Architecture.lorsa, "reads": ["attn_in"], "writes": ["attn_out"]},
 }
 _LIKE = {"skip_per_layer_transcoder": "per_layer_transcoder", "crosscoder_of_two_models": "crosscoder"}
-ALL_ACTIVATIONS = ACTIVATIONS | PURSUIT
+# A threshold that random starts reach whatever the code normalisation: behind one that nothing passes, nothing is learnt.
+REACHED = {"jumprelu": ACTIVATIONS["jumprelu"] | {"jumprelu_threshold": 0.02}}
+ALL_ACTIVATIONS = ACTIVATIONS | REACHED | PURSUIT
 
 
 def _penalty(kind: Penalty, coefficient: float, **more: Any) -> dict[str, Any]:
