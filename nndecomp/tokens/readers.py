@@ -1,5 +1,6 @@
 """One rank's documents of one split, in order, endlessly; the position can be saved and restored."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import islice
@@ -33,14 +34,14 @@ class Reader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class EndlessReader:
+class EndlessReader(ABC):
     """Epoch after epoch of `one_pass`, which advances `self.epoch` when it ends."""
 
     name: str  # for the message about a split that is empty
     epoch: int
 
-    def one_pass(self) -> Iterator[Body]:
-        raise NotImplementedError
+    @abstractmethod
+    def one_pass(self) -> Iterator[Body]: ...
 
     def next(self) -> Body:
         for _ in range(2):  # what is left of this epoch, then a whole one
