@@ -90,6 +90,7 @@ def test_x_axes_of_two_layers_by_hand():
         "active_per_reconstruction": (3 * 2 + 5) / 2,  # layer 0 gets 3, layer 1 gets 3 + 5
         "active_parameters": 3 * 30 + 5 * 20 + 100,
         "active_parameters_with_gate": 3 * 30 + 5 * 20 + 100 + 320 + 80,
+        "gate_parameters": 320 + 80,
         "description_length": 3 * (5 + VALUE_BITS) + 5 * (3 + VALUE_BITS),
     }
 

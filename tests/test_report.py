@@ -24,6 +24,7 @@ def made_up(
     live: bool = True,
     seed: int = 0,
     target: str = "toy",
+    clean_gates: bool = False,
 ) -> pandas.DataFrame:
     context = Context(
         experiment="exp", run="run", name=f"{architecture} k={k:g} s={seed}", target=target, tokens="text",
@@ -38,6 +39,9 @@ def made_up(
         rows += [row("ce_increase", increase * (1 + (inputs == "live")), inputs)]
         rows += [row(axis, 100.0 * k, inputs, patched) for axis in style.AXES]
         rows += [row("fvu", 0.5, inputs, patched), row("dead_fraction", 0.25, inputs, patched)]
+    if clean_gates:
+        rows += [row(metric, 1.5 * increase, "clean_gates") for metric in ("ce_increase", "fvu")]
+        rows += [row(axis, 100.0 * k, "clean_gates") for axis in style.AXES]
     rows += [Measurement("ce_increase", 9.0, "nats", "L0.mlp_out", "single", "clean", 100)]
     if not live:
         rows += [
@@ -178,6 +182,18 @@ def test_presets_that_were_measured_live_alone_are_drawn_live():
     assert figure.get_suptitle().endswith(", live")
     shown = [y for line in figure.axes[1].lines for y in line.get_ydata()]
     assert shown == pytest.approx(wide(rows).query("inputs == 'live'").ce_increase.tolist())
+
+
+def test_gates_of_the_clean_run_are_drawn_where_they_were_measured_with_a_line_of_their_own():
+    without = figures.pareto(grid())
+    figure = figures.pareto(join([grid(), *(made_up("spd", k, 6.0 / k, clean_gates=True) for k in (8.0, 16.0))]))
+    orange = [line for line in figure.axes[0].lines if line.get_color() == style.COLOURS["spd"]]
+    joined = [list(line.get_ydata()) for line in orange if line.get_linestyle() != "None"]
+    assert sorted(joined) == [pytest.approx([6 * x / 8, 6 * x / 16]) for x in (1.0, 1.5, 2.0)]
+    assert len(set(figures.LINES.values())) == len(figures.LINES) == len(style.INPUTS)
+    entry = "clean gates, live components"
+    assert [entry in [text.get_text() for text in each.legends[0].get_texts()] for each in (without, figure)] == [0, 1]
+    assert "SPD" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_legend_and_data_do_not_overlap():

@@ -7,6 +7,7 @@ With l_g the mean number of active components of group g, each axis is linear in
     active_parameters           sum_g l_g parameters_g + linear_parameters_g    weights of the active components, and
                                                                                 of linear maps beside them
     active_parameters_with_gate active_parameters + sum_g gate_parameters_g     and those that decide which are active
+    gate_parameters             sum_g gate_parameters_g                         those alone: the same at every sparsity
     description_length          sum_g l_g (log2 n_components of its module + VALUE_BITS)
 
 n_writes is the number of different sites written (one a layer, when MLPs are replaced). The second axis is fair to
@@ -60,6 +61,7 @@ def axes(costs: Sequence[GroupCost], n_writes: int) -> tuple[Axis, ...]:
         Axis("active_per_reconstruction", "components/token", each([cost.n_writes / n_writes for cost in costs])),
         Axis("active_parameters", "weights/token", parameters, linear),
         Axis("active_parameters_with_gate", "weights/token", parameters, linear + gate),
+        Axis("gate_parameters", "weights/token", torch.zeros_like(parameters), gate),
         Axis(
             "description_length",
             "bits/token",

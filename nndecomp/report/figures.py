@@ -1,14 +1,17 @@
 """Rows -> figures. Nothing is read or written here; `style.save` writes.
 
-Filled markers and solid lines are live measurements, open markers and dashed lines clean ones, everywhere.
+Filled markers and solid lines are live measurements, open markers and dashed lines clean ones, pale markers and dotted lines
+those of components on live inputs with gates of the clean run: everywhere.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 import pandas
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, SymmetricalLogLocator
@@ -17,6 +20,13 @@ from nndecomp.report import style
 from nndecomp.report.results import Result, results
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES: dict[str, Any] = {"live": "-", "clean": "--", "clean_gates": (0, (1, 1.2))}
+# Of markers, by the colour of their edge.
+FACES: dict[str, Callable[[str], Any]] = {
+    "live": str,
+    "clean": lambda _: "white",
+    "clean_gates": lambda colour: (*to_rgb(colour), 0.35),
+}
 REFERENCES = {"ce_increase_zero": ("zero ablation", "-."), "ce_increase_mean": ("mean ablation", ":")}
 
 
@@ -86,13 +96,13 @@ def _variants(points: Sequence[Result], architecture: str) -> list[tuple[str, in
 
 
 def _architectures(points: Sequence[Result]) -> list[str]:
-    """The baseline last."""
-    return sorted({p.context.architecture for p in points}, key=lambda name: (name == "neurons", name))
+    return style.in_order(p.context.architecture for p in points)
 
 
 def _look(points: Sequence[Result], architecture: str, variant: tuple[str, int]) -> tuple[str, str]:
-    """Colour by architecture, marker by variant."""
-    marker = MARKERS[_variants(points, architecture).index(variant) % len(MARKERS)]
+    """Colour by architecture, marker by variant; baselines, whose colours are alike, begin with another marker each."""
+    first = style.BASELINES.index(architecture) if architecture in style.BASELINES else 0
+    marker = MARKERS[(first + _variants(points, architecture).index(variant)) % len(MARKERS)]
     return style.colour(architecture, _architectures(points)), marker
 
 
@@ -117,13 +127,12 @@ def _line(part: Sequence[Result], axis: str, metric: str) -> list[tuple[float, f
 def _panel(panel: Axes, points: Sequence[Result], axis: str, metric: str, label_references: bool) -> None:
     for (architecture, activation, n_features, inputs), part in _series(points).items():
         colour, marker = _look(points, architecture, (activation, n_features))
-        live = inputs == "live"
         x, y = [point[axis].value for point in part], [point[metric] for point in part]
         # Drawn from end to end: a percentile interval need not hold its own estimate.
         panel.vlines(x, [e.low for e in y], [e.high for e in y], color=colour, linewidth=1.2, zorder=3)
-        face = colour if live else "white"
-        panel.plot(x, [e.value for e in y], marker, color=colour, markerfacecolor=face, zorder=5 if live else 4)
-        panel.plot(*zip(*_line(part, axis, metric), strict=True), "-" if live else "--", color=colour, zorder=2)
+        face, order = FACES[inputs](colour), 5 if inputs == "live" else 4
+        panel.plot(x, [e.value for e in y], marker, color=colour, markerfacecolor=face, zorder=order)
+        panel.plot(*zip(*_line(part, axis, metric), strict=True), linestyle=LINES[inputs], color=colour, zorder=2)
     references = {name: _mean(points, name) for name in REFERENCES} if metric == "ce_increase" else {}
     estimates = [point[metric] for point in points]
     values = [*(e.value for e in estimates), *references.values()]
@@ -197,16 +206,17 @@ def _legend(points: Sequence[Result]) -> list[Line2D]:
         variants = _variants(points, architecture)
         for activation, n_features in variants:
             colour, marker = _look(points, architecture, (activation, n_features))
-            name = style.NAMES.get(architecture, architecture.replace("_", " "))
             # Of the variants only what differs between them.
             differs = [len(set(each)) > 1 for each in zip(*variants, strict=True)]
             detail = [f", {each}" for each, told in zip((activation, n_features), differs, strict=True) if told]
-            label = name + "".join(detail)
+            label = style.name(architecture) + "".join(detail)
             entries.append(Line2D([], [], color=colour, marker=marker, label=label))
-    meaning = {
-        "live": Line2D([], [], color="black", marker="o", label="live inputs"),
-        "clean": Line2D(
-            [], [], color="black", marker="o", markerfacecolor="white", linestyle="--", label="clean inputs"
-        ),
-    }
-    return [*entries, *(meaning[inputs] for inputs in meaning if any(point.inputs == inputs for point in points))]
+    there = [inputs for inputs in style.INPUTS if any(point.inputs == inputs for point in points)]
+    return [*entries, *map(inputs_entry, sorted(there, key=list(FACES).index))]
+
+
+def inputs_entry(inputs: str) -> Line2D:
+    """What markers and lines say of the inputs, for a legend."""
+    face, words = FACES[inputs]("black"), style.INPUTS[inputs]
+    label = f"{words} inputs" if inputs in ("live", "clean") else f"{words}, live components"
+    return Line2D([], [], color="black", marker="o", markerfacecolor=face, linestyle=LINES[inputs], label=label)

@@ -10,6 +10,7 @@ import pandas
 
 from nndecomp.evaluation.bootstrap import Estimate
 from nndecomp.evaluation.rows import Context
+from nndecomp.report.style import INPUTS
 
 NOTHING = Estimate(math.nan, math.nan, math.nan)
 
@@ -17,10 +18,10 @@ NOTHING = Estimate(math.nan, math.nan, math.nan)
 @dataclass(frozen=True)
 class Result:
     """`measured` by metric. Measurements without replacements (ce_clean) and with ablations (ce_zero) stand in the
-    results of both inputs."""
+    results of all inputs."""
 
     context: Context
-    inputs: str  # clean | live
+    inputs: str  # clean | live | clean_gates
     measured: dict[str, Estimate]
 
     def __getitem__(self, metric: str) -> Estimate:
@@ -39,7 +40,7 @@ class Result:
 
 
 def results(rows: pandas.DataFrame) -> list[Result]:
-    """In the order of the rows, clean before live."""
+    """In the order of the rows, and of `style.INPUTS`."""
     by_context: defaultdict[Context, list[dict[str, Any]]] = defaultdict(list)
     for record in records_of(rows):
         if record["site"] == "all" or record["site"].endswith(":all"):
@@ -47,7 +48,7 @@ def results(rows: pandas.DataFrame) -> list[Result]:
     found = []
     for context, records in (each for item in by_context.items() for each in _of_each_model(*item)):
         shared = [r for r in records if (r["inputs"], r["patched"]) == ("none", "all")]
-        for inputs in ("clean", "live"):
+        for inputs in INPUTS:
             # Reconstruction on clean inputs is measured in the undisturbed run, where nothing is patched.
             patched = ("all", "none") if inputs == "clean" else ("all",)
             own = [r for r in records if r["inputs"] == inputs and r["patched"] in patched and not r["note"]]

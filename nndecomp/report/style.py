@@ -1,6 +1,7 @@
 """How figures look: one colour a method everywhere, told apart also by colour-blind readers and in grey print."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ RC: dict[Any, Any] = {
     "svg.hashsalt": "nndecomp",  # the same figure gives the same file
 }
 GREY = "#7F7F7F"
-# Okabe and Ito's palette, in the order of the architectures' names here. Anything else draws from OTHER in turn.
+# Okabe and Ito's palette, in the order of the architectures' names here; baselines in greys and browns, told apart by their
+# markers. Anything else draws from OTHER in turn.
 COLOURS = {
     "per_layer_transcoder": "#0072B2",
     "transcoder": "#56B4E9",
@@ -36,21 +38,37 @@ COLOURS = {
     "sae": "#009E73",
     "per_layer_sae": "#009E73",
     "crosscoder": "#CC79A7",
+    "spd": "#E69F00",
     "neurons": GREY,
+    "neurons_by_output_norm": "#3F3F3F",
+    "neurons_by_attribution": "#ABABAB",
+    "principal_directions": "#8C564B",
+    "random_directions": "#C9A08D",
 }
-OTHER = ("#E69F00", "#000000", "#F0E442")
+OTHER = ("#000000", "#F0E442", "#882255")
+# Never trained; they stand last in legends and tables.
+BASELINES = (
+    *("neurons", "neurons_by_output_norm", "neurons_by_attribution"),
+    *("principal_directions", "random_directions"),
+)
 NAMES = {
     "per_layer_transcoder": "per-layer transcoders",
     "cross_layer_transcoder": "cross-layer transcoder",
     "sae": "SAE",
     "per_layer_sae": "per-layer SAEs",
+    "spd": "SPD",
     "neurons": "neurons",
+    "neurons_by_output_norm": "neurons by output norm",
+    "neurons_by_attribution": "neurons by attribution",
 }
+# What replacements were computed from, where it was measured: in words, in this order.
+INPUTS = {"clean": "clean", "live": "live", "clean_gates": "clean gates"}
 AXES = {
     "active_per_module": "active components per module",
     "active_per_reconstruction": "active components per written site",
     "active_parameters": "active parameters",
-    "active_parameters_with_gate": "active parameters, encoder included",
+    "active_parameters_with_gate": "active parameters, encoder or gate included",
+    "gate_parameters": "parameters of encoder or gate",
     "description_length": "description length (bits per token)",
 }
 
@@ -58,6 +76,16 @@ AXES = {
 def colour(architecture: str, all_architectures: list[str]) -> str:
     others = [each for each in all_architectures if each not in COLOURS]
     return COLOURS.get(architecture) or OTHER[others.index(architecture) % len(OTHER)]
+
+
+def name(architecture: str) -> str:
+    return NAMES.get(architecture, architecture.replace("_", " "))
+
+
+def in_order(architectures: Iterable[str]) -> list[str]:
+    """Each once, the baselines last."""
+    last = {each: i for i, each in enumerate(BASELINES, 1)}
+    return sorted(set(architectures), key=lambda each: (last.get(each, 0), each))
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:

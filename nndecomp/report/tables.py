@@ -11,6 +11,7 @@ import pandas
 from nndecomp.evaluation.bootstrap import Estimate
 from nndecomp.evaluation.rows import Context
 from nndecomp.report.results import Result, records_of, results
+from nndecomp.report.style import INPUTS
 
 
 def wide(rows: pandas.DataFrame) -> pandas.DataFrame:
@@ -32,9 +33,9 @@ def _wide(result: Result) -> dict[str, object]:
 
 
 def summary(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """One line a decomposition, as text: sparsity, error and damage, clean and live, with intervals."""
+    """One line a decomposition, as text: sparsity, error and damage, for each of the inputs, with intervals."""
     found = results(rows)
-    modes = [inputs for inputs in ("clean", "live") if any(result.inputs == inputs for result in found)]
+    modes = [inputs for inputs in INPUTS if any(result.inputs == inputs for result in found)]
     by_context: dict[Context, dict[str, Result]] = {}
     for result in found:
         by_context.setdefault(result.context, {})[result.inputs] = result
@@ -48,14 +49,14 @@ def _cells(first: Result, modes: Mapping[str, Result | None]) -> dict[str, str]:
     inputs, counted = next(iter(of_mode.items()))  # clean, where it was measured
     cells = {
         "decomposition": first.context.name or first.context.run,
-        f"active per module {inputs}": _number(counted["active_per_module"].value, ".1f"),
-        f"active per site {inputs}": _number(counted["active_per_reconstruction"].value, ".1f"),
+        f"active per module {INPUTS[inputs]}": _number(counted["active_per_module"].value, ".1f"),
+        f"active per site {INPUTS[inputs]}": _number(counted["active_per_reconstruction"].value, ".1f"),
         "dead": _number(first["dead_fraction"].value, ".1%"),
     }
     for inputs, there in of_mode.items():
-        cells[f"fvu {inputs}"] = _number(there["fvu"].value, ".3f")
-        cells[f"CE increase {inputs} (nats)"] = _interval(there["ce_increase"])
-        cells[f"CE recovered {inputs}"] = _number(there.recovered("zero"), ".1%")
+        cells[f"fvu {INPUTS[inputs]}"] = _number(there["fvu"].value, ".3f")
+        cells[f"CE increase {INPUTS[inputs]} (nats)"] = _interval(there["ce_increase"])
+        cells[f"CE recovered {INPUTS[inputs]}"] = _number(there.recovered("zero"), ".1%")
     return cells
 
 
