@@ -31,6 +31,7 @@ from nndecomp.config.kinds import (
     Together,
 )
 from nndecomp.config.log import LogConfig, Wandb
+from nndecomp.config.spd import SPDConfig
 from nndecomp.config.synthetic import (
     Correlation,
     Frequencies,
@@ -80,6 +81,7 @@ __all__ = [
     "PretrainConfig",
     "Reconstruction",
     "RunConfig",
+    "SPDConfig",
     "Scope",
     "SyntheticConfig",
     "SyntheticShapeConfig",
@@ -133,6 +135,7 @@ class RunConfig:
     # differ, e.g. [topk, aux_k=128]. All have n_features and, where they select, k of `decomposition`.
     presets: dict[str, list[str]] = field(default_factory=dict)
     ground_truth: GroundTruthConfig | None = None
+    spd: SPDConfig | None = None  # a parameter decomposition to train
     runs: list[str] = field(default_factory=list)  # finished runs, or directories of them, that are evaluated
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from nndecomp.errors import SettingError
 from nndecomp.types import Point, Site
@@ -154,6 +154,20 @@ class Target(ABC):
     @abstractmethod
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits. Gradients flow if the caller enabled them."""
+
+    def final(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the LM head reads: `logits` is `head` of it. SettingError where a target cannot say."""
+        raise SettingError(
+            f"spd needs what the LM head reads, and {self.name} does not show it; write target.kind=huggingface"
+        )
+
+    def head(self, final: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        """Logits from what the LM head reads, a few rows at a time where all would not fit."""
+        raise SettingError(f"spd needs the LM head, and {self.name} does not show it; write target.kind=huggingface")
+
+    def module(self) -> nn.Module:
+        """The model whose linear maps can be decomposed. SettingError where there is none."""
+        raise SettingError(f"spd.maps names linear maps of a model, and {self.name} shows none")
 
     @abstractmethod
     def mlp_out_of(self, layer: int, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows d"]:

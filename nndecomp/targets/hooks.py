@@ -91,6 +91,28 @@ def visiting(visits: Sequence[tuple[Tap, Replace]]) -> Iterator[None]:
         yield
 
 
+# Given what a module takes in and what it returns, what it is to return instead; None leaves it.
+Substitute = Callable[[Tensor, Tensor], Tensor | None]
+
+
+@contextmanager
+def substituting(substitutes: Mapping[nn.Module, Substitute]) -> Iterator[None]:
+    """Within the block, each module returns what its function makes of its input and output, cast to the output's dtype."""
+
+    def after(substitute: Substitute, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        assert isinstance(output, Tensor), f"a {type(module).__name__} returned a {type(output).__name__}"
+        new = substitute(args[0], output)
+        assert new is None or new.shape == output.shape, (
+            f"a substitute of shape {tuple(new.shape)} stands where {tuple(output.shape)} belongs"
+        )
+        return None if new is None else new.to(output.dtype)
+
+    with ExitStack() as attached:
+        for module, substitute in substitutes.items():
+            attached.callback(module.register_forward_hook(partial(after, substitute), prepend=True).remove)
+        yield
+
+
 def record(run: Callable[[], object], taps: Mapping[Site, Tap]) -> dict[Site, Tensor]:
     """The activations at `taps` in a forward pass, `run`, which is ended as soon as the last one is there.
 

@@ -106,6 +106,16 @@ class HuggingFaceTarget(ModuleTarget):
     def _logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         return self.model(input_ids=tokens, use_cache=False).logits
 
+    def final(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.model.base_model(input_ids=self._checked(tokens), use_cache=False).last_hidden_state
+
+    def head(self, final: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        unembedding = self.model.get_output_embeddings()
+        assert unembedding is not None, f"{self.name} has no LM head"
+        logits = unembedding(final)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * (logits / cap).tanh()
+
     def heads_of(self, site: Site) -> Heads:
         assert site.point is Point.attn_in, f"attention reads attn_in, not {site}"
         shape = self.shape.of(None)

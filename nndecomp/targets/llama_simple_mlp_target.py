@@ -34,6 +34,12 @@ class LlamaSimpleMLPTarget(ModuleTarget):
     def _logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         return self.model(tokens)
 
+    def final(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.model.ln_f(self.model.residual(self._checked(tokens)))
+
+    def head(self, final: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        return self.model.lm_head(final)
+
     def heads_of(self, site: Site) -> Heads:
         assert site.point is Point.attn_in, f"attention reads attn_in, not {site}"
         block = self.model.h[site.layer]

@@ -88,6 +88,9 @@ class ModuleTarget(Target):
         recorded = record(lambda: self._residual(tokens), {site: self._tap(site) for site in sites})
         return {site: recorded[site] for site in sites}
 
+    def module(self) -> nn.Module:
+        return self.model
+
     @contextmanager
     def patch(self, replacements: Mapping[Site, Replace]) -> Iterator[None]:
         with visiting([(self._tap(site), replacements[site]) for site in sorted(replacements)]):

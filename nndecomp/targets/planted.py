@@ -102,7 +102,10 @@ class PlantedStack(nn.Module):
         return x
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
-        return self.residual(tokens) @ self.wte.weight.T / self.wte.weight.shape[1] ** 0.5
+        return self.head(self.residual(tokens))
+
+    def head(self, final: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        return final @ self.wte.weight.T / self.wte.weight.shape[1] ** 0.5
 
 
 class Vocabulary:
@@ -134,6 +137,12 @@ class PlantedTarget(ModuleTarget):
 
     def _logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         return self.model(tokens)
+
+    def final(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.model.residual(self._checked(tokens))
+
+    def head(self, final: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        return self.model.head(final)
 
 
 def shape_of(cfg: PlantedConfig) -> TargetShape:

@@ -22,9 +22,9 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    def __init__(self, description: str, n_tokens: int, done_tokens: int) -> None:
+    def __init__(self, description: str, n_tokens: int, done_tokens: int, unit: str = "tokens") -> None:
         """done_tokens: those of earlier starts of the same run, which count for how far but not for how fast."""
-        self.description, self.n_tokens = description, n_tokens
+        self.description, self.n_tokens, self.unit = description, n_tokens, unit
         self.first = self.done = done_tokens
         self.note = ""
         self.started = self.spoken = time.monotonic()
@@ -32,7 +32,7 @@ class Progress:
             total=n_tokens,
             initial=done_tokens,
             desc=description,
-            unit="tok",
+            unit={"tokens": "tok"}.get(unit, f" {unit}"),
             unit_scale=True,
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
@@ -66,8 +66,8 @@ class Progress:
         left = (
             [f"{duration((self.n_tokens - self.done) / speed)} left"] if speed > 0 and self.done < self.n_tokens else []
         )
-        amount = f"{100 * self.done // self.n_tokens} % ({size(self.done)} of {size(self.n_tokens)} tokens)"
-        parts = [amount, f"{size(speed)} tokens/s", *left, *([self.note] if self.note else [])]
+        amount = f"{100 * self.done // self.n_tokens} % ({size(self.done)} of {size(self.n_tokens)} {self.unit})"
+        parts = [amount, f"{size(speed)} {self.unit}/s", *left, *([self.note] if self.note else [])]
         print(f"{self.description}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 

@@ -1,0 +1,1 @@
+"""Stochastic parameter decomposition: linear maps of a model as sums of rank-one components, of which few matter on a token."""

@@ -1,0 +1,115 @@
+"""Components of several linear maps of one model, and the importances that say which of them matter.
+
+The model itself is not part of it: its maps are known by their modules, which substitution reaches.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nndecomp.config.checks import require
+from nndecomp.config.spd import ImportanceConfig, ImportanceKind
+from nndecomp.decompositions.spd.components import Components, masked
+from nndecomp.decompositions.spd.importance import GlobalImportance, Input, LayerwiseImportance
+from nndecomp.decompositions.spd.masks import Mask, Masking
+from nndecomp.decompositions.spd.sigmoids import lower_leaky, upper_leaky
+from nndecomp.targets.hooks import Substitute, substituting
+from nndecomp.targets.maps import LinearMap, MapKind
+
+
+@dataclass(frozen=True)
+class Importances:
+    """Of one map, from its logits q."""
+
+    q: Float[Tensor, "*rows C"]
+
+    @cached_property
+    def g(self) -> Float[Tensor, "*rows C"]:
+        """Lower-leaky, in [0, 1]: what masks are made of, and what is reported."""
+        return lower_leaky(self.q)
+
+    @cached_property
+    def h(self) -> Float[Tensor, "*rows C"]:
+        """Upper-leaky: what the minimality loss sees, and nothing else."""
+        return upper_leaky(self.q)
+
+
+class ParameterDecomposition(nn.Module):
+    """`maps`: each decomposed map and its number of components."""
+
+    def __init__(self, maps: Mapping[LinearMap, int], importance: ImportanceConfig, seed: int) -> None:
+        super().__init__()
+        assert maps, "there is no map to decompose"
+        embeddings = [each.name for each in maps if each.kind is MapKind.embedding]
+        require(
+            not embeddings or importance.kind is ImportanceKind.mlp,
+            f"spd.importance.kind={importance.kind.value} sees the inputs of maps, but spd.maps has {', '.join(embeddings)}, whose "
+            "input is a token; write spd.importance.kind=mlp",
+        )
+        trained = [each.name for each in maps if each.weight.requires_grad]
+        assert not trained, f"{', '.join(trained)} would be trained: freeze the model that is decomposed"
+        draw = torch.Generator().manual_seed(seed)
+        self.sizes, self.cfg = dict(maps), importance
+        self.maps = {each.name: each for each in maps}
+        self.banks = nn.ModuleList(Components(each, C, draw) for each, C in maps.items())
+        build = GlobalImportance if importance.is_global else LayerwiseImportance
+        self.importance = build(maps, importance, draw)
+        self._biases = {each.name: each.bias() for each in maps}
+
+    @property
+    def components(self) -> dict[str, Components]:
+        """By map."""
+        return {name: bank for name, bank in zip(self.maps, self.banks, strict=True) if isinstance(bank, Components)}
+
+    def importances(self, inputs: Mapping[str, Input]) -> dict[str, Importances]:
+        """From the inputs of all maps, by map, in the undisturbed run."""
+        if isinstance(self.importance, GlobalImportance):
+            q = self.importance(inputs)
+            return {name: Importances(q[name]) for name in self.maps}
+        return {name: self.importance_of(name, inputs[name]) for name in self.maps}
+
+    def importance_of(self, name: str, x: Input) -> Importances:
+        """Of one map from its own input."""
+        assert isinstance(self.importance, LayerwiseImportance), "importances of all maps are made together"
+        return Importances(self.importance.of(name, x, self.components[name]))
+
+    def leftover(self) -> dict[str, Float[Tensor, "d_in d_out"]]:
+        """D = M - V U of each map."""
+        return {name: self.maps[name].matrix() - own.product() for name, own in self.components.items()}
+
+    @contextmanager
+    def recording(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """Within the block, what the maps take in is kept in `inputs`, and what they return in `outputs`."""
+
+        def keep(name: str) -> Substitute:
+            def record(x: Tensor, y: Tensor) -> None:
+                inputs[name] = x
+                if outputs is not None:
+                    outputs[name] = y
+
+            return record
+
+        with substituting({each.module: keep(name) for name, each in self.maps.items()}):
+            yield
+
+    @contextmanager
+    def installed(self, masking: Masking, outputs: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """Within the block, masked components stand in for the maps that `masking` names; what they return is kept in `outputs`."""
+        components = self.components
+
+        def stand_in(name: str, mask: Mask) -> Substitute:
+            def substitute(x: Tensor, y: Tensor) -> Tensor:
+                z = masked(components[name], x, y, self._biases[name], mask.m, mask.mu, mask.route)
+                if outputs is not None:
+                    outputs[name] = z
+                return z
+
+            return substitute
+
+        with substituting({self.maps[name].module: stand_in(name, mask) for name, mask in masking.items()}):
+            yield

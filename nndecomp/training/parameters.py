@@ -1,0 +1,215 @@
+"""Training a parameter decomposition.
+
+    loss = faithfulness coefficient * faithfulness + minimality coefficient * minimality + sum of the reconstruction losses
+
+One step: the undisturbed run, whose maps' inputs make the importances g; then for each reconstruction loss as many runs of the
+model with masked components as it asks for. Importances are of the undisturbed run in all of them, while components read what
+arrives. Gradients reach V and U through masked components, through what they leave over, and, where importances see what
+components read, through those. Bushnaq, Braun and Sharkey 2025, arXiv 2506.20790, section 2; adversaries as in their later code.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nndecomp.config.schema import TrainingConfig
+from nndecomp.config.spd import Masks, Reconstructed, ReconstructionConfig, SPDConfig
+from nndecomp.decompositions.spd import masks
+from nndecomp.decompositions.spd.adversary import PersistentSources, leading, pgd, spread, started
+from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
+from nndecomp.decompositions.spd.losses import faithfulness, minimality, p_at
+from nndecomp.decompositions.spd.masks import Gates, Masking, Routes
+from nndecomp.training.optimisers import clip_gradients, gradient_norms
+from nndecomp.training.progress import Progress
+from nndecomp.training.subjects import Subject
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one batch's losses share."""
+
+    batch: Any
+    gates: Gates
+    reference: Tensor
+    outputs: dict[str, Tensor]  # of the maps, undisturbed
+
+
+class SPDObjective(nn.Module):
+    """rows: (sequences, positions) of a batch, or (samples,): persistent sources have one entry for some or all of them."""
+
+    def __init__(
+        self, decomposition: ParameterDecomposition, subject: Subject, cfg: SPDConfig, rows: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.decomposition, self.cfg = decomposition, cfg
+        self._subject = subject
+        device = next(decomposition.parameters()).device
+        sizes = {each.name: C for each, C in decomposition.sizes.items()}
+        self.adversaries = nn.ModuleDict(
+            {
+                name: PersistentSources(sizes, rows, each, device)
+                for name, each in cfg.losses.items()
+                if each.masks is Masks.persistent_pgd
+            }
+        )
+        self._matrices = [each.matrix() for each in decomposition.sizes]
+        self._pending: dict[str, tuple[dict[str, Tensor], float]] = {}
+
+    @property
+    def subject(self) -> Subject:
+        return self._subject
+
+    def loss(self, batch: Any, progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss, and of what it is made: unweighted losses by name, and `l0/<map>`, active components a position."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        with torch.no_grad(), self.decomposition.recording(inputs, outputs):
+            clean = self._subject.run(batch)
+        importances = self.decomposition.importances(inputs)
+        gates = {name: each.g for name, each in importances.items()}
+        step = _Step(batch, gates, self._subject.reference(clean), outputs)
+        real = self._subject.real(batch)
+
+        with torch.autocast(next(iter(inputs.values())).device.type, enabled=False):
+            faith = faithfulness(self._matrices, list(self.decomposition.components.values()))
+            upper = {name: each.h for name, each in importances.items()}
+            minimal = minimality(upper, real, p_at(progress, self.cfg), self.cfg.frequency)
+        losses = {name: self._reconstruction(name, each, step, progress) for name, each in self.cfg.losses.items()}
+        total = self.cfg.faithfulness * faith + self.cfg.minimality * minimal
+        for name, each in losses.items():
+            total = total + self.cfg.losses[name].coefficient * each
+        with torch.no_grad():
+            terms = {"loss": total, "faithfulness": faith, "minimality": minimal, **losses}
+            l0 = {f"l0/{name}": _active(g, real) for name, g in gates.items()}
+        return total, {name: value.detach() for name, value in (terms | l0).items()}
+
+    def _reconstruction(self, name: str, cfg: ReconstructionConfig, step: _Step, progress: float) -> Tensor:
+        runs = masks.routes_of(step.gates, cfg)
+        if cfg.masks is Masks.persistent_pgd:
+            return self._persistent(name, cfg, step, runs[0], progress)
+        n_samples = cfg.n_samples if cfg.masks is Masks.stochastic else 1
+        each = [self._run(cfg, self._masking(cfg, step, routes), step) for routes in runs for _ in range(n_samples)]
+        return torch.stack(each).mean()
+
+    def _masking(self, cfg: ReconstructionConfig, step: _Step, routes: Routes) -> Masking:
+        match cfg.masks:
+            case Masks.stochastic:
+                return masks.stochastic(step.gates, routes, self.cfg.sampling, self.cfg.delta)
+            case Masks.importance:
+                return masks.important(step.gates, routes)
+            case Masks.ones:
+                return masks.ones(step.gates, routes)
+            case Masks.pgd:
+                return self._attacked(cfg, step, routes)
+            case Masks.persistent_pgd:
+                raise AssertionError("sources that persist are updated beside the loss")
+
+    def _attacked(self, cfg: ReconstructionConfig, step: _Step, routes: Routes) -> Masking:
+        fixed = {name: g.detach() for name, g in step.gates.items() if name in routes}
+        sources = {}
+        for name, g in fixed.items():
+            lead = leading(cfg.source_scope, g.shape[:-1], cfg.source_repeats)
+            sources[name] = started((*lead, g.shape[-1] + 1), cfg, g.device)
+
+        def damage(s: Mapping[str, Tensor]) -> Tensor:
+            return self._run(cfg, self._adversarial(fixed, routes, s), step)
+
+        return self._adversarial(step.gates, routes, pgd(damage, sources, cfg.n_steps, cfg.step_size))
+
+    def _adversarial(self, gates: Gates, routes: Routes, sources: Mapping[str, Tensor]) -> Masking:
+        sources = {name: spread(s, len(gates[name])) for name, s in sources.items()}
+        return masks.adversarial(gates, routes, sources, self.cfg.delta)
+
+    def _persistent(self, name: str, cfg: ReconstructionConfig, step: _Step, routes: Routes, progress: float) -> Tensor:
+        adversary = self.adversaries[name]
+        assert isinstance(adversary, PersistentSources), f"{name} has a {type(adversary).__name__}"
+        warm = cfg.source_lr_warmup
+        lr = cfg.source_lr * (min(1.0, progress / warm) if warm else 1.0)
+
+        def damage(gates: Gates, s: Mapping[str, Tensor]) -> Tensor:
+            return self._run(cfg, self._adversarial(gates, routes, s), step)
+
+        if not self.training:
+            return damage(step.gates, adversary.values(adversary.raw()))
+        fixed = {key: g.detach() for key, g in step.gates.items()}
+        adversary.ascend(lambda s: damage(fixed, s), lr)
+        # A copy: the carried values change only after the step, and the graph still needs these.
+        raw = {key: s.clone().requires_grad_() for key, s in adversary.raw().items()}
+        loss = damage(step.gates, adversary.values(raw))
+        gradients = torch.autograd.grad(loss, list(raw.values()), retain_graph=True)
+        self._pending[name] = (dict(zip(raw, gradients, strict=True)), lr)
+        return loss
+
+    def _run(self, cfg: ReconstructionConfig, masking: Masking, step: _Step) -> Tensor:
+        """One run of the model with masked components, and how far it is from the undisturbed one."""
+        outputs: dict[str, Tensor] = {}
+        with self.decomposition.installed(masking, outputs):
+            masked = self._subject.run(step.batch)
+        match cfg.reconstructed:
+            case Reconstructed.outputs:
+                return self._subject.divergence(step.reference, masked, step.batch)
+            case Reconstructed.hidden:
+                return _hidden_error(outputs, step.outputs, self._subject.real(step.batch))
+
+    def before_step(self) -> None:
+        """Clips the gradient of V and U; that of the importances stays as it is."""
+        if self.cfg.clip_components is not None:
+            own = list(self.decomposition.banks.parameters())
+            clip_gradients(own, gradient_norms(own).norm(), self.cfg.clip_components)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for name, (gradients, lr) in self._pending.items():
+            adversary = self.adversaries[name]
+            assert isinstance(adversary, PersistentSources)
+            adversary.update(gradients, lr)
+        self._pending.clear()
+
+    def take_resets(self) -> list[tuple[nn.Parameter, Tensor]]:
+        return []
+
+    def own_training(self, cfg: TrainingConfig) -> TrainingConfig:
+        return cfg
+
+    def lr_shares(self) -> dict[str, float]:
+        return {}
+
+    def start(self, description: str) -> float:
+        """Fits V U to the maps before training, with an optimiser that is then forgotten; returns the faithfulness reached."""
+        own = list(self.decomposition.banks.parameters())
+        cfg = self.cfg
+        optimiser = torch.optim.AdamW(own, lr=cfg.warmup_lr, weight_decay=cfg.warmup_weight_decay, fused=True)
+        components = list(self.decomposition.components.values())
+        with Progress(f"{description}: faithfulness", cfg.warmup_steps, 0, unit="steps") as progress:
+            for _ in range(cfg.warmup_steps):
+                optimiser.zero_grad()
+                faithfulness(self._matrices, components).backward()
+                optimiser.step()
+                progress.advance(1)
+        optimiser.zero_grad()
+        with torch.no_grad():
+            return float(faithfulness(self._matrices, components))
+
+    def finished(self) -> ParameterDecomposition:
+        """As it is now, in eval mode where it is looked at."""
+        return self.decomposition
+
+
+def _active(g: Float[Tensor, "*rows C"], real: Tensor | None) -> Float[Tensor, ""]:
+    """Mean over positions of the number of components with g > 0."""
+    counts = (g > 0).sum(-1).float()
+    return counts.mean() if real is None else (counts * real).sum() / real.sum()
+
+
+def _hidden_error(masked: Mapping[str, Tensor], clean: Mapping[str, Tensor], real: Tensor | None) -> Float[Tensor, ""]:
+    """Mean over positions and coordinates, then over maps, of the squared error of what the maps return."""
+
+    def of(y_hat: Tensor, y: Tensor) -> Tensor:
+        errors = (y_hat.float() - y.float()).square().mean(-1)
+        return errors.mean() if real is None else (errors * real).sum() / real.sum()
+
+    return torch.stack([of(masked[name], clean[name]) for name in masked]).mean()

@@ -1,0 +1,114 @@
+"""What a parameter decomposition is trained on: a model, its batches, and how far its outputs are from the undisturbed ones.
+
+language model    mean over real positions of KL(P || Q), nats; P from the undisturbed run, Q from the masked one
+vectors           mean over entries of (y - y_hat)^2
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nndecomp.targets.base import Target
+from nndecomp.tokens.batch import TokenBatch
+from nndecomp.training.end_to_end import CHUNK_VALUES
+
+
+class Subject(Protocol):
+    @property
+    def model(self) -> nn.Module:
+        """Whose maps are decomposed."""
+        ...
+
+    def run(self, batch: Any, /) -> Tensor:
+        """The model's output, as far as `divergence` needs it."""
+        ...
+
+    def reference(self, clean: Tensor, /) -> Tensor:
+        """What `divergence` wants to know of the undisturbed run's output, made once a step."""
+        ...
+
+    def divergence(self, reference: Tensor, masked: Tensor, batch: Any, /) -> Float[Tensor, ""]: ...
+
+    def real(self, batch: Any, /) -> Bool[Tensor, "*rows"] | None:
+        """Which positions count; null: all."""
+        ...
+
+
+class LanguageModel:
+    """`run` ends where the LM head begins: logits exist for some positions at a time, CHUNK_VALUES of them at most."""
+
+    def __init__(self, target: Target, chunk_values: int = CHUNK_VALUES) -> None:
+        self.target = target
+        self.chunk = max(1, chunk_values // target.shape.of(None).n_vocab)  # positions
+
+    @property
+    def model(self) -> nn.Module:
+        return self.target.module()
+
+    def run(self, batch: TokenBatch) -> Float[Tensor, "batch pos d_model"]:
+        return self.target.final(batch.tokens)
+
+    def real(self, batch: TokenBatch) -> Bool[Tensor, "batch pos"] | None:
+        return batch.mask
+
+    @torch.no_grad()
+    def reference(self, clean: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "position _"]:
+        """Log-probabilities of all positions if they fit, else what the head reads."""
+        rows = clean.flatten(0, 1)
+        return self._log_p(rows) if len(rows) <= self.chunk else rows
+
+    def divergence(
+        self, reference: Float[Tensor, "position _"], masked: Float[Tensor, "batch pos d_model"], batch: TokenBatch
+    ) -> Float[Tensor, ""]:
+        rows, real = masked.flatten(0, 1), batch.mask.flatten()
+        weights = real.float() / real.sum()
+        if len(rows) <= self.chunk:
+            return _kl(reference, self._log_p(rows), weights)
+        # Made again for the gradient, not kept; nothing in it is random.
+        parts = zip(reference.split(self.chunk), rows.split(self.chunk), weights.split(self.chunk), strict=True)
+        each = [checkpoint(self._kl_of_rows, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.stack(each).sum()  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def _kl_of_rows(self, clean: Tensor, masked: Tensor, weights: Tensor) -> Tensor:
+        return _kl(self._log_p(clean), self._log_p(masked), weights)
+
+    def _log_p(self, rows: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocab"]:
+        return self.target.head(rows).float().log_softmax(-1)
+
+
+def _kl(
+    log_p: Float[Tensor, "position vocab"], log_q: Float[Tensor, "position vocab"], weights: Float[Tensor, " position"]
+) -> Float[Tensor, ""]:
+    return (weights * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)).sum()
+
+
+class Vectors:
+    """A model from vectors to vectors; a batch is its input [sample, d]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    def run(self, batch: Float[Tensor, "sample d_in"]) -> Float[Tensor, "sample d_out"]:
+        return self._model(batch)
+
+    def real(self, batch: Float[Tensor, "sample d_in"]) -> None:
+        return None
+
+    def reference(self, clean: Float[Tensor, "sample d_out"]) -> Float[Tensor, "sample d_out"]:
+        return clean
+
+    def divergence(
+        self,
+        reference: Float[Tensor, "sample d_out"],
+        masked: Float[Tensor, "sample d_out"],
+        batch: Float[Tensor, "sample d_in"],
+    ) -> Float[Tensor, ""]:
+        return (masked - reference).square().mean()
