@@ -1,0 +1,134 @@
+"""What becomes of a unit in a larger decomposition: kept, split in several, absorbed, or lost.
+
+A unit's children are chosen greedily among the units of the larger decomposition: as long as one raises F1, by more than
+0.03, of the union of the children's tokens as a guess of the tokens P on which the unit, the parent, is active:
+
+    recall = |union & P| / |P|      precision = |union & P| / |union|      F1 = 2 |union & P| / (|union| + |P|)
+
+(0.03 is the rise by which SAEBench's k-sparse probes count split features; Chanin et al. 2024, arXiv 2409.14507.)
+A parent with F1 of COVERED or more is kept (one child) or split (more); the others are lost.
+
+Absorption is `absorption.absorbed`, with the parent's write direction w as the probe, what the parent writes along it as
+what is to be found there (p = its value * |w|), and as main latent the one unit of the larger decomposition nearest to it:
+where that one is silent or writes too little, others that write along w have taken it over.
+"""
+
+from dataclasses import dataclass
+
+import numpy
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nndecomp.evaluation.absorption import F1_GAIN, absorbed
+from nndecomp.evaluation.matching import cosines
+from nndecomp.evaluation.units import Activity, Units
+
+MAX_CHILDREN = 10
+COVERED = 0.5
+MAX_TOKENS = 512  # of a parent, evenly spread over the text, on which absorption is measured
+
+
+@dataclass(frozen=True)
+class Cover:
+    """Of each parent: its children, and how well they are active where it is."""
+
+    n_children: Int[Tensor, " unit"]
+    recall: Float[Tensor, " unit"]
+    precision: Float[Tensor, " unit"]
+
+    @property
+    def f1(self) -> Float[Tensor, " unit"]:
+        total = self.recall + self.precision
+        return torch.where(total > 0, 2 * self.recall * self.precision / total.clamp(min=1e-30), 0.0)
+
+    @property
+    def parts(self) -> Int[Tensor, " unit"]:
+        """Children of those that are covered; 0: lost."""
+        return torch.where(self.f1 >= COVERED, self.n_children, 0)
+
+    @staticmethod
+    def joined(covers: "list[Cover]") -> "Cover":
+        columns = zip(*((each.n_children, each.recall, each.precision) for each in covers), strict=True)
+        return Cover(*(torch.cat(column) for column in columns))
+
+
+def cover(parents: Activity, children: Activity) -> Cover:
+    """Every parent by as many children as help, MAX_CHILDREN at most."""
+    assert parents.n_tokens == children.n_tokens, (
+        f"activity on {parents.n_tokens} and on {children.n_tokens} tokens cannot be compared"
+    )
+    by_token, by_child = children.amounts, children.amounts.tocsc()
+    own = parents.amounts.tocsc()
+    firings = children.firings.numpy()
+    found = [
+        _cover(own.indices[own.indptr[i] : own.indptr[i + 1]], by_token, by_child, firings)
+        for i in range(parents.n_units)
+    ]
+    n, recall, precision = torch.tensor(found, dtype=torch.float64).reshape(-1, 3).T
+    return Cover(n.long(), recall, precision)
+
+
+def _cover(tokens, by_token, by_child, firings: numpy.ndarray) -> tuple[int, float, float]:
+    """Children, recall and precision of one parent that is active on `tokens`."""
+    n_tokens, n_children = by_token.shape
+
+    def count(at: numpy.ndarray) -> numpy.ndarray:
+        """Of each child: on how many of these tokens it is active."""
+        return numpy.bincount(by_token[at].indices, minlength=n_children)
+
+    is_parents = numpy.zeros(n_tokens, dtype=bool)
+    is_parents[tokens] = True
+    is_covered = numpy.zeros(n_tokens, dtype=bool)
+    # What each child would add to the union: tokens of the parent, and others.
+    right = count(tokens)
+    wrong = firings - right
+    n_right = n_wrong = n_chosen = 0
+    f1 = 0.0
+    while n_chosen < MAX_CHILDREN and len(tokens):
+        gained = 2 * (n_right + right) / (len(tokens) + n_right + n_wrong + right + wrong)
+        best = int(gained.argmax())
+        if gained[best] <= f1 + F1_GAIN:
+            break
+        f1, n_chosen = float(gained[best]), n_chosen + 1
+        added = by_child.indices[by_child.indptr[best] : by_child.indptr[best + 1]]
+        added = added[~is_covered[added]]
+        is_covered[added] = True
+        inside, outside = added[is_parents[added]], added[~is_parents[added]]
+        n_right, n_wrong = n_right + len(inside), n_wrong + len(outside)
+        right = right - count(inside)
+        wrong = wrong - count(outside)
+    return n_chosen, n_right / max(1, len(tokens)), n_right / max(1, n_right + n_wrong)
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """Of each parent that has a main unit in the larger decomposition."""
+
+    fraction: Float[Tensor, " unit"]
+    full: Float[Tensor, " unit"]
+
+
+def absorption_across(small: Units, large: Units, cutoff: float) -> Absorbed:
+    """Of parents whose write direction some unit of `large` has to a cosine above `cutoff`, in the spaces both write.
+
+    Each unit is asked as what it writes when it is active: those with a negative value are of the opposite direction.
+    """
+    common = [space for space in small.writes if space in large.writes]
+    assert common, f"{small.name} writes {', '.join(small.writes)}, and nothing of it is written by {large.name}"
+    own, other = (torch.cat([each.writes[space] for space in common], 1).double() for each in (small, large))
+    cosine, nearest = cosines(own, other).max(1)
+    codes, by_parent = large.activity.codes, small.activity.codes.tocsc()
+    found = []
+    for i in (cosine > cutoff).nonzero()[:, 0].tolist():
+        entries = slice(by_parent.indptr[i], by_parent.indptr[i + 1])
+        tokens, values = by_parent.indices[entries], by_parent.data[entries]
+        tokens, values = tokens[values > 0], values[values > 0]
+        if len(tokens):
+            some = numpy.linspace(0, len(tokens) - 1, min(MAX_TOKENS, len(tokens))).round().astype(int)
+            z = torch.from_numpy(codes[tokens[some]].toarray())
+            length = own[i].norm()
+            p = torch.from_numpy(values[some]) * length
+            found.append(absorbed(z, other, own[i] / length, p, nearest[i : i + 1]))
+    fraction, full = torch.tensor(found, dtype=torch.float64).reshape(-1, 2).T
+    return Absorbed(fraction, full)
