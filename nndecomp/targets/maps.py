@@ -47,13 +47,14 @@ class LinearMap:
 
 
 def kind_of(module: nn.Module) -> MapKind | None:
-    """None for what is no linear map."""
-    if isinstance(module, nn.Linear):
+    """None for what is no linear map, and for what computes more than its kind does (Gemma scales its embedding)."""
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
         return MapKind.linear
-    if isinstance(module, nn.Embedding):
+    if forward is nn.Embedding.forward:
         return MapKind.embedding
     # By name: transformers is slow to import, and a model made of its modules has imported it.
-    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+    if forward.__qualname__ == "Conv1D.forward" and forward.__module__.startswith("transformers."):
         return MapKind.conv1d
     return None
 

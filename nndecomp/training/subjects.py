@@ -4,7 +4,7 @@ language model    mean over real positions of KL(P || Q), nats; P from the undis
 vectors           mean over entries of (y - y_hat)^2
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from nndecomp.tokens.batch import TokenBatch
 from nndecomp.training.end_to_end import CHUNK_VALUES
 
 
+@runtime_checkable
 class Subject(Protocol):
     @property
     def model(self) -> nn.Module:

@@ -5,8 +5,8 @@
     D = M - V U     what the components leave over
     z = (a * m) U + mu x D + b
 
-Since x D = (y - b) - a U, the leftover costs no product with D: z = (a * (m - mu)) U + mu (y - b) + b. With m = mu = 1 that
-is y itself, bit for bit.
+Since x D = y - b - a U, the leftover costs no product with D: z = (a * (m - mu)) U + mu y + (1 - mu) b. With m = mu = 1 that
+is y itself, bit for bit. D is not constant: its gradient reaches V and U, here through a U.
 """
 
 import torch
@@ -54,7 +54,6 @@ def masked(
         z = z if bias is None else z + bias
     else:
         mu = mu.unsqueeze(-1)
-        rest = y if bias is None else y - bias
-        z = (a * (m - mu)) @ components.U + mu * rest
-        z = z if bias is None else z + bias
+        z = (a * (m - mu)) @ components.U + mu * y
+        z = z if bias is None else z + (1 - mu) * bias  # not y - bias and back: that would round
     return z if route is None else torch.where(route.unsqueeze(-1), z.to(y.dtype), y)

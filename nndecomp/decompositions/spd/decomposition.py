@@ -84,10 +84,11 @@ class ParameterDecomposition(nn.Module):
 
     @contextmanager
     def recording(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor] | None = None) -> Iterator[None]:
-        """Within the block, what the maps take in is kept in `inputs`, and what they return in `outputs`."""
+        """Within the block, one run of the model keeps what the maps take in in `inputs`, and what they return in `outputs`."""
 
         def keep(name: str) -> Substitute:
             def record(x: Tensor, y: Tensor) -> None:
+                assert name not in inputs, f"{name} runs more than once in a run of the model: which is its input?"
                 inputs[name] = x
                 if outputs is not None:
                     outputs[name] = y
@@ -96,6 +97,10 @@ class ParameterDecomposition(nn.Module):
 
         with substituting({each.module: keep(name) for name, each in self.maps.items()}):
             yield
+        require(
+            inputs.keys() == self.maps.keys(),
+            f"spd.maps names {', '.join(sorted(self.maps.keys() - inputs.keys()))}, which the model does not run before its LM head",
+        )
 
     @contextmanager
     def installed(self, masking: Masking, outputs: dict[str, Tensor] | None = None) -> Iterator[None]:
