@@ -25,7 +25,18 @@ from nndecomp import build
 from nndecomp.activations.sequences import RowsOrSequences, beside
 from nndecomp.config.compose import compose
 from nndecomp.config.registry import CONF
-from nndecomp.config.schema import DType, Inputs, Packing, TargetConfig, TargetKind, TokensConfig, TokensKind, require
+from nndecomp.config.schema import (
+    DType,
+    Inputs,
+    Packing,
+    Ranking,
+    TargetConfig,
+    TargetKind,
+    TokensConfig,
+    TokensKind,
+    require,
+)
+from nndecomp.decompositions.attribution import AttributedNeurons
 from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.conversion import to_jumprelu, to_pursuit, with_unit_norm_decoder
 from nndecomp.decompositions.groups import SparseDictionary
@@ -94,11 +105,17 @@ def load_decomposition(source: str | Path, name: str | None = None, device: str 
     return SparseDictionary.from_pretrained(saved / name, device)
 
 
-def neurons(target: Target, k: int) -> NeuronBaseline:
-    """The baseline: of every MLP's neurons, each token keeps the k largest."""
+def neurons(target: Target, k: int, ranking: str = "activation") -> NeuronBaseline:
+    """The baseline: of every MLP's neurons, each token keeps the first k by activation, output_norm or attribution.
+
+    `attribution` ranks by the loss of the text that follows: it needs the clean run and its text.
+    """
+    require(ranking in Ranking.__members__, f"ranking={ranking} is not one of {', '.join(Ranking.__members__)}")
     n_layers, d_mlp = target.shape.of(None).n_layers, target.shape.of(None).d_mlp
     require(0 < k <= d_mlp, f"k={k} is not between 1 and the {d_mlp} neurons of an MLP")
-    return NeuronBaseline(target, range(n_layers), [k] * n_layers).eval()
+    if ranking == Ranking.attribution.value:
+        return AttributedNeurons(target, range(n_layers), [k] * n_layers)
+    return NeuronBaseline(target, range(n_layers), [k] * n_layers, Ranking[ranking])
 
 
 def tokenise(target: Target, text: Text) -> TokenBatch:

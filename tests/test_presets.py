@@ -24,8 +24,9 @@ FIELD = {
     *("standard", "standard_april", "gated", "topk", "batchtopk", "jumprelu", "p_anneal", "gated_anneal", "matryoshka"),
     *("crosscoder", "batchtopk_crosscoder", "dfc", "clt_jumprelu_tanh", "clt_topk", "skip_transcoder", "molt", "lorsa"),
 }
-OURS = ("neurons", "neuron_start")  # no paper's: a baseline, and what starts as it
-TRAINED = [name for name in FILES if name != "neurons"]
+BASELINES = ("neurons", "neurons_by_output_norm", "neurons_by_attribution", "principal_directions", "random_directions")
+OURS = (*BASELINES, "neuron_start")  # no paper's: baselines, and what starts as one
+TRAINED = [name for name in FILES if name not in BASELINES]
 N_CHUNKS, N_STEPS = 10, 4
 
 

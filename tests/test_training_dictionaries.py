@@ -39,7 +39,7 @@ def attempt(out: Path, model: Path, stop_after: int = -1) -> dict[str, Dictionar
     )
     cfg.training.batch_tokens, cfg.training.log_every, cfg.training.checkpoint_every = 128, 5, 10
     target = build.target(cfg)
-    configs = {name: each for name, each in build.decompositions(cfg).items() if each.architecture.value != "neurons"}
+    configs = {name: each for name, each in build.decompositions(cfg).items() if not each.architecture.is_baseline}
     dictionaries = {
         name: build_dictionary(each, target.shape, cfg.seed, target.device, target.name)
         for name, each in configs.items()

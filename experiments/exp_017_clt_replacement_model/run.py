@@ -70,13 +70,11 @@ def variant(name: str) -> str:
 
 def kinds_of(members: dict[str, "Member"], sized: dict[str, "Member"], shape: "Shape") -> dict[str, list["Kind"]]:
     """Of every measured decomposition: its method, its size, and what it has in common with those it stands beside."""
-    from nndecomp.config.schema import Architecture
     from nndecomp.decompositions.sizes import n_parameters
     from nndecomp.report.replacement import Kind
 
     def kinds(name: str, member: "Member", *matchings: str) -> list[Kind]:
-        neurons = member.config.architecture is Architecture.neurons
-        size = None if neurons else n_parameters(member.config, shape)
+        size = None if member.config.architecture.is_baseline else n_parameters(member.config, shape)
         return [Kind(variant(name).replace("_", " "), matching, size) for matching in matchings]
 
     both = {name for name in members if f"{name}_same_size" not in sized}

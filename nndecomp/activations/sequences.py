@@ -1,7 +1,7 @@
 """Whole sequences of activations, for what explains a position by the positions before it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -22,6 +22,7 @@ class Sequences:
 
     values: Float[Tensor, "batch pos width"]
     kept: Int[Tensor, " token"]  # positions that count, in flattened (batch, pos)
+    tokens: Int[Tensor, "batch pos"] | None = None  # the text, where it is read for evaluation
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -29,18 +30,19 @@ class Sequences:
     def __getitem__(self, index: tuple[slice, slice]) -> "Sequences":
         tokens, columns = index
         assert tokens == slice(None), f"sequences stay whole: take columns alone, not tokens {tokens}"
-        return Sequences(self.values[..., columns], self.kept)
+        return replace(self, values=self.values[..., columns])
 
     def __sub__(self, shift: Float[Tensor, " width"]) -> "Sequences":
-        return Sequences(self.values - shift, self.kept)
+        return replace(self, values=self.values - shift)
 
     def __truediv__(self, scale: Float[Tensor, " width"]) -> "Sequences":
-        return Sequences(self.values / scale, self.kept)
+        return replace(self, values=self.values / scale)
 
     def first(self, n_tokens: int) -> "Sequences":
         """As few of the first sequences as have that many positions."""
         n_seqs, seq_len = -(-n_tokens // self.values.shape[1]), self.values.shape[1]
-        return Sequences(self.values[:n_seqs], self.kept[self.kept < n_seqs * seq_len])
+        tokens = None if self.tokens is None else self.tokens[:n_seqs]
+        return Sequences(self.values[:n_seqs], self.kept[self.kept < n_seqs * seq_len], tokens)
 
     def rows(self) -> Float[Tensor, "token width"]:
         """The positions that count."""
@@ -63,7 +65,7 @@ def beside(parts: Sequence[RowsOrSequences]) -> RowsOrSequences:
     """Columns of all, which are of the same tokens."""
     first = parts[0]
     if isinstance(first, Sequences):
-        return Sequences(torch.cat([part.values for part in parts if isinstance(part, Sequences)], -1), first.kept)
+        return replace(first, values=torch.cat([part.values for part in parts if isinstance(part, Sequences)], -1))
     return torch.cat([rows_of(part) for part in parts], 1)
 
 

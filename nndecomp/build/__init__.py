@@ -3,10 +3,11 @@
 settings -> target -> tokens -> stream of rows -> objectives -> trained dictionaries -> measurements
 """
 
+from nndecomp.build.baselines import baselines
 from nndecomp.build.comparing import Compared, activity, compared, reported_activity, reported_difference
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
 from nndecomp.build.finding import Pair, found_again, found_again_rows
-from nndecomp.build.measuring import Heldout, baselines, heldout, measured, reported, scores
+from nndecomp.build.measuring import Heldout, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
 from nndecomp.build.presets import world
 from nndecomp.build.pursuing import pursuits

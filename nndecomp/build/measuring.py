@@ -11,12 +11,8 @@ from torch import Tensor
 from nndecomp.activations.harvest import kept
 from nndecomp.activations.statistics import measure, site_means
 from nndecomp.checkpoint import write_text
-from nndecomp.config.schema import (
-    Architecture,
-    RunConfig,
-)
+from nndecomp.config.schema import RunConfig
 from nndecomp.decompositions.base import Decomposition
-from nndecomp.decompositions.neurons import NeuronBaseline, build_neurons
 from nndecomp.evaluation.context import context
 from nndecomp.evaluation.rows import join, table, write_rows
 from nndecomp.evaluation.suite import evaluate_all
@@ -28,17 +24,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 from nndecomp.build.data import harvester
-from nndecomp.build.members import decompositions
 from nndecomp.build.pursuing import pursued
-
-
-def baselines(cfg: RunConfig, target: Target) -> dict[str, NeuronBaseline]:
-    """What the run compares with and need not train."""
-    return {
-        name: build_neurons(each, target).eval()
-        for name, each in decompositions(cfg).items()
-        if each.architecture is Architecture.neurons
-    }
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from nndecomp.config.schema import (
     CompareConfig,
     Decoder,
     DecompositionConfig,
+    Ranking,
     RunConfig,
     require,
 )
@@ -37,7 +38,7 @@ def members(cfg: RunConfig) -> dict[str, Member]:
     found = {}
     for name, each in _grid(cfg.decomposition, cfg.compare).items():
         # What is never trained has no first weights.
-        own = {"": cfg.seed} if each.architecture is Architecture.neurons else seeds
+        own = {"": cfg.seed} if each.architecture.is_baseline else seeds
         found |= {f"{name}{suffix}": Member(each, seed) for suffix, seed in own.items()}
     return found
 
@@ -69,16 +70,32 @@ def of_architecture(cfg: DecompositionConfig, architecture: Architecture, k: int
             reads, changes = ["mlp_out"], {"skip": False, "centre_input": True, "decoder": Decoder.unit_norm}
         case Architecture.per_layer_transcoder | Architecture.cross_layer_transcoder | Architecture.molt:
             reads, changes = ["mlp_in"], {}
-        case Architecture.neurons:
-            # Their number is the target's d_mlp; n_features only must not refuse k.
-            reads, changes = ["mlp_hidden"], {"activation": Activation.topk, "n_features": max(cfg.n_features, k)}
+        case Architecture.neurons | Architecture.principal_directions | Architecture.random_directions:
+            return _baseline(cfg, architecture, k)
         case other:
             require(
                 False,
-                f"compare.architectures has {other.value}, which does not take the place of all MLPs; "
-                "write per_layer_sae, per_layer_transcoder, cross_layer_transcoder, molt or neurons",
+                f"compare.architectures has {other.value}, which does not take the place of all MLPs; write per_layer_sae, "
+                "per_layer_transcoder, cross_layer_transcoder, molt, neurons, principal_directions or random_directions",
             )
             raise AssertionError
+    changes["ranking"] = Ranking.activation  # what is said of neurons is for them, who may stand beside others
     if architecture is not Architecture.molt:  # what is said of ranks is for molt, which may stand beside others
         changes["ranks"] = [list(pair) for pair in RANKS]
     return replace(cfg, architecture=architecture, reads=reads, writes=["mlp_out"], k=k, **changes)
+
+
+def _baseline(cfg: DecompositionConfig, architecture: Architecture, k: int) -> DecompositionConfig:
+    """In the place of the MLPs, and of all that is said of training nothing but the layers and the rows to start from."""
+    neurons = architecture is Architecture.neurons
+    return DecompositionConfig(
+        architecture=architecture,
+        reads=["mlp_hidden" if neurons else "mlp_out"],
+        writes=["mlp_out"],
+        layers=cfg.layers,
+        n_features=max(cfg.n_features, k),  # their number is the target's; this only must not refuse k
+        activation=Activation.topk if neurons else Activation.abs_topk,
+        k=k,
+        ranking=cfg.ranking if neurons else Ranking.activation,
+        initial_tokens=cfg.initial_tokens,
+    )

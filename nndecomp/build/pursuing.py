@@ -7,7 +7,7 @@ from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.conversion import pursuit_obstacle, to_pursuit
 from nndecomp.decompositions.groups import SparseDictionary
 
-_NO_DICTIONARY = (Architecture.neurons, Architecture.molt, Architecture.lorsa)
+_NO_DICTIONARY = (Architecture.molt, Architecture.lorsa)
 
 
 def check_pursuit(cfg: RunConfig, named: Mapping[str, DecompositionConfig]) -> None:
@@ -17,7 +17,7 @@ def check_pursuit(cfg: RunConfig, named: Mapping[str, DecompositionConfig]) -> N
         name: each
         for name, each in named.items()
         if each.reads == each.writes
-        and each.architecture not in _NO_DICTIONARY
+        and not (each.architecture.is_baseline or each.architecture in _NO_DICTIONARY)
         and each.code_normalisation is not CodeNormalisation.decoupled
         and each.activation is not Activation.matching_pursuit
     }

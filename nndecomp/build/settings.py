@@ -16,7 +16,6 @@ from nndecomp.build.pursuing import check_pursuit
 from nndecomp.config.compose import load
 from nndecomp.config.schema import (
     ActivationsKind,
-    Architecture,
     Inputs,
     RunConfig,
     TargetConfig,
@@ -170,8 +169,9 @@ def _named(setting: str, target: TargetConfig | None) -> str:
 def trainable(cfg: RunConfig) -> dict[str, Member]:
     """The decompositions to train; SettingError if there is none, or their batches cannot be made."""
     every = members(cfg)
-    found = {name: each for name, each in every.items() if each.config.architecture is not Architecture.neurons}
-    require(bool(found), "decomposition.architecture=neurons is a baseline that is never trained; write another one")
+    found = {name: each for name, each in every.items() if not each.config.architecture.is_baseline}
+    named = ", ".join(dict.fromkeys(each.config.architecture.value for each in every.values()))
+    require(bool(found), f"decomposition.architecture={named} is a baseline that is never trained; write another one")
     if is_end_to_end(found):
         check_batches(cfg, "end_to_end")
     elif attends(found):

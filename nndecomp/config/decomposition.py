@@ -19,6 +19,7 @@ from nndecomp.config.kinds import (
     JumpReluGradient,
     Penalty,
     PreActivationLoss,
+    Ranking,
     Reconstruction,
     Scope,
     Together,
@@ -41,6 +42,7 @@ class DecompositionConfig:
     n_features: int  # in each group; dedicated_feature_crosscoder: in the shared group, which may have none
     n_exclusive: list[int] | None = None  # dedicated_feature_crosscoder: features of A alone, of B alone
     skip: bool = False  # add a linear map from what a group reads to what it writes
+    ranking: Ranking = Ranking.activation  # neurons: which k of them a token keeps
     # --- molt: transforms of low rank; a code multiplies (x V) U ---
     # (rank, how many) in one period of n_features; lists, since what is said of a mapping would be added to it
     ranks: list[list[int]] = field(default_factory=lambda: [list(pair) for pair in RANKS])
@@ -137,6 +139,7 @@ class DecompositionConfig:
         checks.check_effects(self)
         checks.check_ranges(self)
         checks.check_decoder(self)
+        checks.check_baseline(self)
         check_molt_and_lorsa(self)
         if self.layers is not None:
             require(

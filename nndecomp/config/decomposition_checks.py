@@ -7,6 +7,7 @@ from typing import Any
 from nndecomp.config.checks import require
 from nndecomp.config.kinds import (
     Activation,
+    Architecture,
     CodeNormalisation,
     Dead,
     Decoder,
@@ -14,6 +15,7 @@ from nndecomp.config.kinds import (
     EndToEnd,
     Penalty,
     PreActivationLoss,
+    Ranking,
 )
 
 # Penalties on f c; the others count.
@@ -216,6 +218,23 @@ def check_decoder(cfg: Settings) -> None:
         cfg.archetypes <= cfg.initial_tokens,
         f"decomposition.archetypes={cfg.archetypes} must not exceed the rows they are taken from, "
         f"decomposition.initial_tokens={cfg.initial_tokens}",
+    )
+
+
+def check_baseline(cfg: Settings) -> None:
+    """What is never trained keeps the k largest in size: of neurons, or of coefficients of directions."""
+    name, activation = (
+        cfg.architecture.value,
+        Activation.topk if cfg.architecture is Architecture.neurons else Activation.abs_topk,
+    )
+    require(
+        cfg.ranking is Ranking.activation or cfg.architecture is Architecture.neurons,
+        f"decomposition.ranking={cfg.ranking.value} ranks neurons, but decomposition.architecture is {name}; leave it out",
+    )
+    require(
+        not cfg.architecture.is_baseline or cfg.activation is activation,
+        f"decomposition.architecture={name} keeps k a token, so decomposition.activation={cfg.activation.value} has no "
+        f"meaning for it; write activation={activation.value}",
     )
 
 

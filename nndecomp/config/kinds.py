@@ -14,7 +14,22 @@ class Architecture(Enum):
     dedicated_feature_crosscoder = "dedicated_feature_crosscoder"  # features of A alone, of both models, of B alone
     molt = "molt"  # mixture of sparse low-rank linear transforms, one mixture a layer
     lorsa = "lorsa"  # low-rank sparse attention: rank-1 heads in place of attention
-    neurons = "neurons"  # the MLPs' own neurons, the k largest kept: a baseline, never trained
+    # Baselines, never trained:
+    neurons = "neurons"  # the MLPs' own neurons, of which k are kept, the first in `ranking`
+    principal_directions = "principal_directions"  # of what is written: the k largest coefficients kept
+    random_directions = "random_directions"  # the same, of random orthonormal directions
+
+    @property
+    def is_baseline(self) -> bool:
+        return self in (Architecture.neurons, Architecture.principal_directions, Architecture.random_directions)
+
+
+class Ranking(Enum):
+    """By what each token's neurons are ranked; h is a neuron's activation."""
+
+    activation = "activation"  # |h|
+    output_norm = "output_norm"  # |h| times the norm of what the neuron writes
+    attribution = "attribution"  # |h dL/dh|, L the target's own loss on this token and those that follow
 
 
 class Activation(Enum):

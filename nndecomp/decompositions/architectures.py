@@ -12,7 +12,7 @@ from nndecomp.targets.base import Shape
 
 def dictionary_spec(cfg: DecompositionConfig, shape: Shape, target: str) -> DictionarySpec:
     """What `build_dictionary` builds; raises SettingError as `wire` does."""
-    assert cfg.architecture is not Architecture.neurons, f"{cfg.architecture.value} is not a list of groups"
+    assert not cfg.architecture.is_baseline, f"{cfg.architecture.value} is never trained"
     wiring = wire(cfg, shape)
     return DictionarySpec(
         architecture=cfg.architecture.value,

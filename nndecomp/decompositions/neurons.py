@@ -1,6 +1,10 @@
-"""The baseline that needs no training: the MLPs' own neurons, of which each token keeps the largest few.
+"""The baseline that needs no training: the MLPs' own neurons, of which each token keeps the first few of a ranking.
 
-    h [token, d_mlp]  at mlp_hidden;  y_hat = mlp_out of (h where |h| is among the k largest of the token, else 0)
+    h [token, d_mlp]  at mlp_hidden;  y_hat = mlp_out of (h where its score is among the k largest of the token, else 0)
+
+    activation    |h|
+    output_norm   |h| |w|, w what the neuron writes when it is worth 1, before a post-norm if there is one
+    attribution   |h dL/dh|: see attribution.py
 
 y_hat is computed by the model's own modules, so with k = d_mlp it is the model.
 """
@@ -12,30 +16,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nndecomp.activations.sequences import RowsOrSequences, rows_of
-from nndecomp.config.schema import DecompositionConfig
+from nndecomp.config.schema import Architecture, Ranking
 from nndecomp.decompositions.base import Decomposition, GroupCost
 from nndecomp.decompositions.codes import Codes, SparseCodes
 from nndecomp.decompositions.kernels import Support, topk_support
-from nndecomp.decompositions.wiring import wire
 from nndecomp.targets.base import Target
 from nndecomp.types import Layout, Point, Site
 
 
 class NeuronBaseline(Decomposition):
-    """The k neurons with the largest |h| of each token and layer; `k` is one number a layer.
+    """The k first neurons of each token and layer by `ranking`; `k` is one number a layer.
 
     A neuron counts as what it reads (one vector; two in a gated MLP) and one vector written, d_model weights each.
     Choosing among neurons needs all their activations, hence all read vectors, as an encoder does.
     """
 
-    def __init__(self, target: Target, layers: Sequence[int], k: Sequence[int]) -> None:
+    def __init__(
+        self, target: Target, layers: Sequence[int], k: Sequence[int], ranking: Ranking = Ranking.activation
+    ) -> None:
         super().__init__()
         shape = target.shape.of(None)
         d_model, d_mlp, d_read = shape.d_model, shape.d_mlp, shape.d_read_neuron
         assert len(layers) == len(k), f"{len(k)} values of k for {len(layers)} layers"
         assert all(0 < each <= d_mlp for each in k), f"k={list(k)} of {d_mlp} neurons"
         self.eval()  # there is nothing to train
-        self.layers, self.k = tuple(layers), tuple(k)
+        self.layers, self.k, self.ranking = tuple(layers), tuple(k), ranking
         self._mlp_out_of, self.device = target.mlp_out_of, target.device
         self.reads = tuple(Site(layer, Point.mlp_hidden) for layer in layers)
         self.writes = tuple(Site(layer, Point.mlp_out) for layer in layers)
@@ -52,10 +57,29 @@ class NeuronBaseline(Decomposition):
             )
             for layer in layers
         )
+        # Of each layer, what |h| is multiplied with; None: 1.
+        weighs = ranking is Ranking.output_norm
+        self.norms = [target.neuron_writes(layer).float().norm(dim=1) if weighs else None for layer in layers]
+
+    @property
+    def family(self) -> str:
+        """As rows and figures name it."""
+        neurons = Architecture.neurons.value
+        return neurons if self.ranking is Ranking.activation else f"{neurons}_by_{self.ranking.value}"
+
+    def score(self, hidden: Float[Tensor, "token d_mlp"], group: int) -> Float[Tensor, "token d_mlp"]:
+        """By which a token's neurons are ranked."""
+        norms = self.norms[group]
+        return hidden.abs() if norms is None else hidden.abs() * norms
 
     def encode_layer(self, hidden: Float[Tensor, "token d_mlp"], group: int) -> SparseCodes:
-        """Codes keep the neurons' sign."""
-        support = topk_support(hidden.detach().abs(), self.k[group])
+        return self.keep_first(hidden, self.score(hidden, group), group)
+
+    def keep_first(
+        self, hidden: Float[Tensor, "token d_mlp"], scores: Float[Tensor, "token d_mlp"], group: int
+    ) -> SparseCodes:
+        """The k neurons with the largest scores. Codes keep the neurons' sign."""
+        support = topk_support(scores.detach(), self.k[group])
         sorted_support = Support(
             support.indices.view(-1, self.k[group]).sort(1).values.flatten(), support.offsets, support.n_features
         )
@@ -100,9 +124,3 @@ class NeuronRun:
         n_groups = len(self._baseline.layers)
         assert len(self._codes) == n_groups, f"{len(self._codes)} of {n_groups} layers have been read"
         return Codes(tuple(self._codes[g] for g in range(n_groups)))
-
-
-def build_neurons(cfg: DecompositionConfig, target: Target) -> NeuronBaseline:
-    """Raises SettingError as `nndecomp.decompositions.wiring.wire` does."""
-    wiring = wire(cfg, target.shape)
-    return NeuronBaseline(target, [group.reads[0].layer for group in wiring.groups], wiring.k)

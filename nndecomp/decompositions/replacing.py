@@ -31,8 +31,8 @@ class Sequences:
         return value.flatten(0, 1).index_select(0, self.kept).float()
 
     def whole(self, value: Float[Tensor, "batch pos width"]) -> WholeSequences:
-        """All positions, in float32, and which of them count."""
-        return WholeSequences(value.float(), self.kept)
+        """All positions, in float32, which of them count, and the text."""
+        return WholeSequences(value.float(), self.kept, self.tokens)
 
     def put(
         self, value: Float[Tensor, "batch pos width"], rows: Float[Tensor, "token width"]

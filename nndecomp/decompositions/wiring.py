@@ -14,6 +14,7 @@ Everything is checked against the shape of the target, before any weight is load
     molt                          1 a layer       L<l>.mlp_in -> L<l>.mlp_out, through linear maps of low rank
     lorsa                         1 a layer       L<l>.attn_in -> L<l>.attn_out, of this and earlier positions
     neurons                       1 a layer       not a dictionary: see its own file
+    principal_, random_directions 1 a site        each site -> itself, by all its directions: see directions.py
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from nndecomp.targets.base import Shape, TargetShape
 from nndecomp.types import Point, Site
 
 _SAES = (Architecture.sae, Architecture.per_layer_sae)
+_DIRECTIONS = (Architecture.principal_directions, Architecture.random_directions)
 _ONE_SITE = (Architecture.sae, Architecture.transcoder)
 _ONE_A_LAYER = (
     *(Architecture.per_layer_transcoder, Architecture.cross_layer_transcoder, Architecture.neurons),
@@ -76,6 +78,9 @@ def _groups(
         case Architecture.neurons:
             pairs = [((read,), (write,)) for read, write in zip(reads, writes, strict=True)]
             return _named(pairs, shape.of(None).d_mlp)
+        case Architecture.principal_directions | Architecture.random_directions:
+            named = _named([((site,), (site,)) for site in reads], n)
+            return tuple(replace(group, n_features=shape.width(group.reads[0])) for group in named)
         case Architecture.cross_layer_transcoder | Architecture.causal_crosscoder:
             return _named([((read,), writes[i:]) for i, read in enumerate(reads)], n)
         case Architecture.crosscoder if cfg.code_normalisation is CodeNormalisation.decoupled:
@@ -145,7 +150,7 @@ def _attention(cfg: DecompositionConfig, read: Site, shape: Shape) -> AttentionS
 def _check_sites(cfg: DecompositionConfig, reads: tuple[Site, ...], writes: tuple[Site, ...]) -> None:
     """Whether an architecture can be made of these sites."""
     name = cfg.architecture.value
-    same = (*_SAES, Architecture.causal_crosscoder, Architecture.dedicated_feature_crosscoder)
+    same = (*_SAES, *_DIRECTIONS, Architecture.causal_crosscoder, Architecture.dedicated_feature_crosscoder)
     require(
         cfg.architecture not in same or reads == writes,
         f"decomposition.writes={cfg.writes} differs from decomposition.reads={cfg.reads}, "

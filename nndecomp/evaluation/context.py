@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from nndecomp.config.schema import Activation, Architecture, RunConfig
+from nndecomp.config.schema import Activation, RunConfig
 from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.neurons import NeuronBaseline
@@ -18,7 +18,7 @@ def context(cfg: RunConfig, target: Target, parts: Sequence[Decomposition], run:
             architecture, activation, k = spec.architecture, spec.activation.kind.value, spec.activation.k
             n_features = spec.groups[0].n_features
         case NeuronBaseline(k=k):
-            architecture, activation = Architecture.neurons.value, Activation.topk.value
+            architecture, activation = parts[0].family, Activation.topk.value
             n_features = parts[0].costs[0].n_components
         case other:
             raise AssertionError(f"rows cannot name a {type(other).__name__}")

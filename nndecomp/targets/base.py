@@ -181,6 +181,13 @@ class Target(ABC):
         """The neurons that read `site`, an mlp_in. SettingError where a target cannot say."""
         raise SettingError(f"decomposition.directions=neurons needs an MLP at {site}, and {self.name} shows none")
 
+    def neuron_writes(self, layer: int) -> Float[Tensor, "neuron d"]:
+        """What each neuron of a layer writes when it is worth 1, before a post-norm if there is one. SettingError where a
+        target cannot say."""
+        raise SettingError(
+            f"decomposition.ranking=output_norm needs an MLP in layer {layer}, and {self.name} shows none"
+        )
+
     def heads_of(self, site: Site) -> Heads:
         """The heads that read `site`, an attn_in. SettingError where scores are another function of x, or unknown."""
         raise SettingError(

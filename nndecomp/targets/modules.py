@@ -120,13 +120,17 @@ class ModuleTarget(Target):
         nothing = torch.zeros(1, shape.d_model, device=self.device)
         bias = self._through(site, self.wiring.neurons, nothing)
         read = self._through(site, self.wiring.neurons, torch.eye(shape.d_model, device=self.device)) - bias
-        silent = torch.zeros(1, shape.d_mlp, device=self.device)
-        out, *rest = self.wiring.mlp_tail
-        write = self._through(site, out, torch.eye(shape.d_mlp, device=self.device))
-        write = write - self._through(site, out, silent)
-        for path in rest:
+        write = self.neuron_writes(site.layer)
+        for path in self.wiring.mlp_tail[1:]:
             write = self._through(site, path, write)
         return Neurons(read.T.float(), bias[0].float(), write.float())
+
+    def neuron_writes(self, layer: int) -> Float[Tensor, "neuron d"]:
+        site, d_mlp = Site(layer, Point.mlp_hidden), self.shape.of(None).d_mlp
+        silent, alone = torch.zeros(1, d_mlp, device=self.device), torch.eye(d_mlp, device=self.device)
+        return self._through(site, self.wiring.mlp_tail[0], alone) - self._through(
+            site, self.wiring.mlp_tail[0], silent
+        )
 
     @torch.no_grad()
     def _through(self, site: Site, path: str, rows: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_out"]:
