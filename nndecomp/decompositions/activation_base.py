@@ -32,6 +32,12 @@ class ActivationFunction(nn.Module):
             tensor.data = exact.to(tensor.device)
         return self
 
+    def when_active(
+        self, pre: Float[Tensor, "token feature"], group: int, b_enc: Float[Tensor, "feature"]
+    ) -> Float[Tensor, "token feature"]:
+        """v(z): what the code of each feature is where it is active. `b_enc` is the bias that `pre` holds."""
+        return pre
+
     def live_obstacle(self) -> str | None:
         """Why groups cannot be encoded one after the other, or None."""
         return None

@@ -47,8 +47,12 @@ class Gated(Pointwise):
         c: Float[Tensor, "feature"] | None,
         b_enc: Float[Tensor, "feature"],
     ) -> Float[Tensor, "token feature"]:
-        magnitude = (self.r[group].exp() * (pre - b_enc) + self.b_mag[group]).relu()
-        return magnitude * (pre > 0)
+        return self.when_active(pre, group, b_enc).relu() * (pre > 0)
+
+    def when_active(
+        self, pre: Float[Tensor, "token feature"], group: int, b_enc: Float[Tensor, "feature"]
+    ) -> Float[Tensor, "token feature"]:
+        return self.r[group].exp() * (pre - b_enc) + self.b_mag[group]
 
     def gate(self, pre: Float[Tensor, "token feature"]) -> Float[Tensor, "token feature"]:
         """What the gate's losses see."""

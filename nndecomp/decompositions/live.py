@@ -53,7 +53,8 @@ class DictionaryRun:
         ]
         assert not missing, f"{site} is written before groups {missing} have read all their sites"
         assert self._y_hat is not None, f"{site} is written, but nothing was read"
-        return self._y_hat[:, self._dictionary.write_layout.spans[site]]
+        # A copy: autograd refuses what shares memory with columns that later groups add to.
+        return self._y_hat[:, self._dictionary.write_layout.spans[site]].clone()
 
     def active(self) -> Codes:
         n_groups = len(self._dictionary.groups)

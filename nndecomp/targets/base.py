@@ -174,7 +174,8 @@ class Target(ABC):
         """mlp_out from mlp_hidden by the model's own modules (last linear map, bias, post-norm if any)."""
 
     def mlp_of(self, site: Site, rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
-        """mlp_out from mlp_in, the MLP alone; `site` is the mlp_in. SettingError where a target cannot say."""
+        """mlp_out from mlp_in, the MLP alone; `site` is the mlp_in. Gradients flow if the caller enabled them; what an
+        enclosing `patch` puts inside the MLP (mlp_hidden) applies. SettingError where a target cannot say."""
         raise SettingError(f"decomposition.directions=mlp_response needs an MLP at {site}, and {self.name} shows none")
 
     def neurons_of(self, site: Site) -> Neurons:

@@ -113,6 +113,7 @@ class ModuleTarget(Target):
             value = self._through(site, path, value)
         return value
 
+    @torch.no_grad()
     def neurons_of(self, site: Site) -> Neurons:
         """Linear maps are asked what they do to unit vectors, so that it does not matter how they store their weights."""
         assert site.point is Point.mlp_in, f"neurons read mlp_in, not {site}"
@@ -125,6 +126,7 @@ class ModuleTarget(Target):
             write = self._through(site, path, write)
         return Neurons(read.T.float(), bias[0].float(), write.float())
 
+    @torch.no_grad()
     def neuron_writes(self, layer: int) -> Float[Tensor, "neuron d"]:
         site, d_mlp = Site(layer, Point.mlp_hidden), self.shape.of(None).d_mlp
         silent, alone = torch.zeros(1, d_mlp, device=self.device), torch.eye(d_mlp, device=self.device)
@@ -132,7 +134,6 @@ class ModuleTarget(Target):
             site, self.wiring.mlp_tail[0], silent
         )
 
-    @torch.no_grad()
     def _through(self, site: Site, path: str, rows: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_out"]:
         """A module of the site's block, as in `mlp_out_of`."""
         module = self._module(f"{self.wiring.blocks}.{site.layer}.{path}")

@@ -1,0 +1,160 @@
+"""Replacements of MLPs whose active sets are held constant, so that they can be differentiated.
+
+Of each layer two maps are compared, both [d_model] -> [d_model] at one token:
+
+    the target     mlp_out as a function of mlp_in, by the model's own modules
+    a replacement  what it puts at mlp_out, as a function of the same mlp_in; all that it reads elsewhere is constant
+
+A dictionary that reads mlp_out has no map from mlp_in of its own: it stands behind the target's MLP, and is differentiated through it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.codes import Codes
+from nndecomp.decompositions.groups import SparseDictionary
+from nndecomp.decompositions.held import Masks, hold, masks_of
+from nndecomp.decompositions.neurons import NeuronBaseline
+from nndecomp.decompositions.replacing import Sequences, live
+from nndecomp.errors import SettingError
+from nndecomp.targets.base import Replace, Target
+from nndecomp.types import Point, Site
+
+Rows = Mapping[Site, Float[Tensor, "token width"]]
+
+
+class HeldReplacement(ABC):
+    """`layers`: whose MLPs it replaces. `reads`: what `own_masks` needs. `modules`: the name of each group of units."""
+
+    layers: tuple[int, ...]
+    reads: tuple[Site, ...]
+    modules: tuple[str, ...]
+
+    @abstractmethod
+    def own_masks(self, rows: Rows) -> Masks:
+        """The active sets that it chooses itself, from the target's undisturbed activations."""
+
+    @abstractmethod
+    def own_masks_live(self, batch: Sequences) -> Masks:
+        """The active sets that it chooses in the run in which it replaces all its layers."""
+
+    @abstractmethod
+    def mlp_out(
+        self, layer: int, mlp_in: Float[Tensor, "token d_model"], rows: Rows, masks: Masks
+    ) -> Float[Tensor, "token d_model"]:
+        """Its mlp_out of a layer as a function of the same layer's mlp_in, with everything else in `rows` constant."""
+
+    @abstractmethod
+    def replacements(self, batch: Sequences, masks: Masks) -> dict[Site, Replace]:
+        """What replaces all its layers, from what arrives in the replaced run."""
+
+
+class HeldDictionary(HeldReplacement):
+    def __init__(self, name: str, target: Target, dictionary: SparseDictionary) -> None:
+        self.target, self.dictionary = target, dictionary
+        self.held, self.activation = hold(dictionary)
+        self.layers = _layers(name, dictionary, {Point.mlp_in, Point.mlp_out})
+        self.reads = dictionary.reads
+        self.modules = tuple(bank.name for bank in dictionary.banks)
+
+    def own_masks(self, rows: Rows) -> Masks:
+        return masks_of(self.dictionary.encode(torch.cat([rows[s] for s in self.dictionary.read_layout.sites], 1)))
+
+    def own_masks_live(self, batch: Sequences) -> Masks:
+        return masks_of(_live_codes(self.target, self.dictionary, batch))
+
+    def mlp_out(
+        self, layer: int, mlp_in: Float[Tensor, "token d_model"], rows: Rows, masks: Masks
+    ) -> Float[Tensor, "token d_model"]:
+        own, out = Site(layer, Point.mlp_in), Site(layer, Point.mlp_out)
+        self.activation.masks = masks
+        run = self.held.live_run()
+        for site in self.reads:
+            if site == own:
+                run.read(site, mlp_in)
+            elif site == out:
+                run.read(site, self.target.mlp_of(own, mlp_in).float())
+            elif site < out:
+                run.read(site, rows[site])
+        return run.write(out)
+
+    def replacements(self, batch: Sequences, masks: Masks) -> dict[Site, Replace]:
+        self.activation.masks = masks
+        return live(batch, [self.held], self.held.writes)[0]
+
+
+class HeldNeurons(HeldReplacement):
+    """The model's own modules, with mlp_hidden multiplied by the mask."""
+
+    def __init__(self, name: str, target: Target, baseline: NeuronBaseline) -> None:
+        self.target, self.baseline = target, baseline
+        self.layers = _layers(name, baseline, {Point.mlp_hidden})
+        self.reads = baseline.reads
+        self.modules = tuple(cost.name for cost in baseline.costs)
+
+    def own_masks(self, rows: Rows) -> Masks:
+        hidden = torch.cat([rows[site] for site in self.baseline.read_layout.sites], 1)
+        return masks_of(self.baseline(hidden)[1])
+
+    def own_masks_live(self, batch: Sequences) -> Masks:
+        return masks_of(_live_codes(self.target, self.baseline, batch))
+
+    def mlp_out(
+        self, layer: int, mlp_in: Float[Tensor, "token d_model"], rows: Rows, masks: Masks
+    ) -> Float[Tensor, "token d_model"]:
+        site = Site(layer, Point.mlp_hidden)
+        mask = masks[self.baseline.reads.index(site)]
+        with self.target.patch({site: lambda hidden: hidden * mask.view_as(hidden)}):
+            return self.target.mlp_of(Site(layer, Point.mlp_in), mlp_in).float()
+
+    def replacements(self, batch: Sequences, masks: Masks) -> dict[Site, Replace]:
+        def silence(mask: Tensor) -> Replace:
+            return lambda hidden: batch.put(hidden, batch.rows(hidden) * mask)
+
+        return {site: silence(mask) for site, mask in zip(self.reads, masks, strict=True)}
+
+
+def held(name: str, target: Target, replacement: Decomposition) -> HeldReplacement:
+    """Raises SettingError for what does not replace MLPs, or cannot be held."""
+    match replacement:
+        case SparseDictionary():
+            return HeldDictionary(name, target, replacement)
+        case NeuronBaseline():
+            return HeldNeurons(name, target, replacement)
+        case other:
+            raise SettingError(
+                f"{name} is a {type(other).__name__}, whose active set cannot be held while it is differentiated; "
+                "compare dictionaries and neurons"
+            )
+
+
+def _layers(name: str, replacement: Decomposition, readable: set[Point]) -> tuple[int, ...]:
+    """The layers whose MLPs are replaced."""
+    points = {site.point for site in replacement.writes}
+    others = [str(site) for site in replacement.reads if site.point not in readable]
+    obstacle = replacement.live_obstacle()
+    for reason in (
+        f"it writes {', '.join(map(str, replacement.writes))}" if points != {Point.mlp_out} else None,
+        f"it reads {', '.join(others)}" if others else None,
+        obstacle,
+    ):
+        if reason is not None:
+            raise SettingError(
+                f"{name} does not replace MLPs by what arrives at them, since {reason}; Jacobians are of what reads "
+                "mlp_in or mlp_out, and writes mlp_out"
+            )
+    return tuple(site.layer for site in replacement.writes)
+
+
+def _live_codes(target: Target, replacement: SparseDictionary | NeuronBaseline, batch: Sequences) -> Codes:
+    replacements, (run,) = live(batch, [replacement], replacement.writes)
+    with target.patch(replacements):
+        target.logits(batch.tokens)
+    codes = run.active()
+    assert isinstance(codes, Codes), f"{type(codes).__name__} says nothing of single units"
+    return codes
