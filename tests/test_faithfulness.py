@@ -217,5 +217,5 @@ def test_cosine_and_relative_error_by_hand():
 def test_what_does_not_replace_mlps_is_refused(target):
     reads = {"architecture": Architecture.sae, "reads": ["L1.resid_post"], "writes": ["L1.resid_post"]}
     sae = build_dictionary(config(**reads), target.shape, 0, CPU, "t").eval()
-    with pytest.raises(SettingError, match="sae does not replace MLPs .* it writes L1.resid_post"):
+    with pytest.raises(SettingError, match="sae reads or writes L1.resid_post, so it does not replace the MLPs"):
         held("sae", target, sae)

@@ -6,6 +6,7 @@ settings -> target -> tokens -> stream of rows -> objectives -> trained dictiona
 from nndecomp.build.baselines import baselines
 from nndecomp.build.comparing import Compared, activity, compared, reported_activity, reported_difference
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
+from nndecomp.build.faithful import check_faithful, faithful, reported_faithfulness
 from nndecomp.build.finding import Pair, found_again, found_again_rows
 from nndecomp.build.measuring import Heldout, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
@@ -30,12 +31,14 @@ __all__ = [
     "activity",
     "baselines",
     "check",
+    "check_faithful",
     "check_length",
     "check_runs",
     "compared",
     "decomposed_sites",
     "decompositions",
     "device",
+    "faithful",
     "found_again",
     "found_again_rows",
     "harvester",
@@ -50,6 +53,7 @@ __all__ = [
     "reported",
     "reported_activity",
     "reported_difference",
+    "reported_faithfulness",
     "scales",
     "scores",
     "source",

@@ -12,6 +12,7 @@ from nndecomp.config.checks import DType, require
 from nndecomp.config.compare import CompareConfig
 from nndecomp.config.decomposition import DecompositionConfig
 from nndecomp.config.evaluation import EvaluationConfig, Inputs, Patched
+from nndecomp.config.faithfulness import FaithfulnessConfig
 from nndecomp.config.kinds import (
     Activation,
     Architecture,
@@ -63,6 +64,7 @@ __all__ = [
     "Encoder",
     "EndToEnd",
     "EvaluationConfig",
+    "FaithfulnessConfig",
     "Frequencies",
     "GroundTruthConfig",
     "InitialBias",
@@ -138,6 +140,7 @@ class RunConfig:
     presets: dict[str, list[str]] = field(default_factory=dict)
     ground_truth: GroundTruthConfig | None = None
     spd: SPDConfig | None = None  # a parameter decomposition to train
+    faithfulness: FaithfulnessConfig | None = None
     runs: list[str] = field(default_factory=list)  # finished runs, or directories of them, that are evaluated
 
     def __post_init__(self) -> None:

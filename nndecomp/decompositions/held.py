@@ -20,6 +20,10 @@ from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.pursuit import MatchingPursuit
 from nndecomp.errors import SettingError
 
+PURSUES = (
+    "decomposition.activation=matching_pursuit finds codes step by step, so active features cannot be held while they are "
+    "differentiated; write another activation function"
+)
 Masks = Sequence[Float[Tensor, "token _"]]  # of each group, a
 
 
@@ -50,10 +54,7 @@ def hold(dictionary: SparseDictionary) -> tuple[SparseDictionary, Held]:
     """
     assert not dictionary.training, "hold a dictionary in eval mode: in training, selection depends on the batch"
     if isinstance(dictionary.activation, MatchingPursuit):
-        raise SettingError(
-            "decomposition.activation=matching_pursuit finds codes step by step, so its active features cannot be held "
-            "while it is differentiated; write another activation function"
-        )
+        raise SettingError(PURSUES)
     held = copy.deepcopy(dictionary).requires_grad_(False)
     activation = Held(held.activation)
     held.activation = activation

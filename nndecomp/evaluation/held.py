@@ -9,12 +9,13 @@ A dictionary that reads mlp_out has no map from mlp_in of its own: it stands beh
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nndecomp.config.checks import require
 from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.codes import Codes
 from nndecomp.decompositions.groups import SparseDictionary
@@ -25,6 +26,8 @@ from nndecomp.errors import SettingError
 from nndecomp.targets.base import Replace, Target
 from nndecomp.types import Point, Site
 
+READABLE = (Point.mlp_in, Point.mlp_hidden, Point.mlp_out)
+WRITTEN = (Point.mlp_out,)
 Rows = Mapping[Site, Float[Tensor, "token width"]]
 
 
@@ -58,7 +61,7 @@ class HeldDictionary(HeldReplacement):
     def __init__(self, name: str, target: Target, dictionary: SparseDictionary) -> None:
         self.target, self.dictionary = target, dictionary
         self.held, self.activation = hold(dictionary)
-        self.layers = _layers(name, dictionary, {Point.mlp_in, Point.mlp_out})
+        self.layers = _layers(name, dictionary)
         self.reads = dictionary.reads
         self.modules = tuple(bank.name for bank in dictionary.banks)
 
@@ -93,7 +96,7 @@ class HeldNeurons(HeldReplacement):
 
     def __init__(self, name: str, target: Target, baseline: NeuronBaseline) -> None:
         self.target, self.baseline = target, baseline
-        self.layers = _layers(name, baseline, {Point.mlp_hidden})
+        self.layers = _layers(name, baseline)
         self.reads = baseline.reads
         self.modules = tuple(cost.name for cost in baseline.costs)
 
@@ -133,21 +136,24 @@ def held(name: str, target: Target, replacement: Decomposition) -> HeldReplaceme
             )
 
 
-def _layers(name: str, replacement: Decomposition, readable: set[Point]) -> tuple[int, ...]:
+def check_mlps(name: str, reads: Collection[Site], writes: Collection[Site]) -> None:
+    """SettingError unless it replaces MLPs by what it makes of what they read, are made of, or write."""
+    elsewhere = sorted(
+        {site for site in reads if site.point not in READABLE} | {s for s in writes if s.point not in WRITTEN}
+    )
+    models = sorted({site.model for site in (*reads, *writes) if site.model is not None})
+    require(
+        not elsewhere and not models,
+        f"{name} reads or writes {', '.join(map(str, elsewhere)) or 'two models'}, so it does not replace the MLPs of one "
+        "model; Jacobians are of what reads mlp_in, mlp_hidden or mlp_out, and writes mlp_out",
+    )
+
+
+def _layers(name: str, replacement: Decomposition) -> tuple[int, ...]:
     """The layers whose MLPs are replaced."""
-    points = {site.point for site in replacement.writes}
-    others = [str(site) for site in replacement.reads if site.point not in readable]
+    check_mlps(name, replacement.reads, replacement.writes)
     obstacle = replacement.live_obstacle()
-    for reason in (
-        f"it writes {', '.join(map(str, replacement.writes))}" if points != {Point.mlp_out} else None,
-        f"it reads {', '.join(others)}" if others else None,
-        obstacle,
-    ):
-        if reason is not None:
-            raise SettingError(
-                f"{name} does not replace MLPs by what arrives at them, since {reason}; Jacobians are of what reads "
-                "mlp_in or mlp_out, and writes mlp_out"
-            )
+    require(obstacle is None, f"{name} cannot take the place of all its MLPs at once, since {obstacle}")
     return tuple(site.layer for site in replacement.writes)
 
 
