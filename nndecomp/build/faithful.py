@@ -8,7 +8,7 @@ from nndecomp.activations.harvest import kept
 from nndecomp.build.members import decompositions
 from nndecomp.checkpoint import write_text
 from nndecomp.config.faithfulness import FaithfulnessConfig
-from nndecomp.config.schema import Activation, RunConfig, require
+from nndecomp.config.schema import Activation, Architecture, Ranking, RunConfig, require
 from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.held import PURSUES
 from nndecomp.decompositions.wiring import wire
@@ -40,6 +40,11 @@ def check_faithful(cfg: RunConfig, target: Target) -> None:
         groups = wire(each, target.shape).groups
         check_mlps(name, {s for g in groups for s in g.reads}, {s for g in groups for s in g.writes})
         require(each.activation is not Activation.matching_pursuit, PURSUES)
+        require(
+            each.architecture is not Architecture.neurons or each.ranking is not Ranking.attribution,
+            f"decomposition.ranking=attribution of {name} is known only when a run is over, so it cannot take the place of "
+            "all MLPs at once; write ranking=activation or output_norm",
+        )
 
 
 def faithful(
