@@ -180,6 +180,11 @@ class SPDConfig:
         for pattern, n in self.maps.items():
             require(n > 0, f"spd.maps has {n} components for {pattern}; write a positive number")
         require(bool(self.losses), "spd.losses={} reconstructs nothing; name at least one loss")
+        for name in self.losses:
+            require(
+                name.isidentifier() and name not in ("loss", "faithfulness", "minimality"),
+                f"spd.losses has a loss called {name}; write a word that is not loss, faithfulness or minimality",
+            )
         for name in ("faithfulness", "minimality", "frequency", "warmup_weight_decay"):
             require(getattr(self, name) >= 0, f"spd.{name}={getattr(self, name)} must not be negative")
         require(self.p_start > 0, f"spd.p_start={self.p_start} must be positive")

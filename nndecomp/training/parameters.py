@@ -16,8 +16,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nndecomp.config.checks import require
 from nndecomp.config.schema import TrainingConfig
-from nndecomp.config.spd import Masks, Reconstructed, ReconstructionConfig, SPDConfig
+from nndecomp.config.spd import (
+    ImportanceKind,
+    Masks,
+    Reconstructed,
+    ReconstructionConfig,
+    SPDConfig,
+)
 from nndecomp.decompositions.spd import masks
 from nndecomp.decompositions.spd.adversary import PersistentSources, leading, pgd, spread, started
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
@@ -45,6 +52,10 @@ class SPDObjective(nn.Module):
         self, decomposition: ParameterDecomposition, subject: Subject, cfg: SPDConfig, rows: Sequence[int]
     ) -> None:
         super().__init__()
+        trained = [name for name, parameter in subject.model.named_parameters() if parameter.requires_grad]
+        assert not trained, f"{', '.join(trained)} would be trained with the components: freeze the model"
+        assert not subject.model.training, "the model under study is in training mode"
+        _check(cfg, rows)
         self.decomposition, self.cfg = decomposition, cfg
         self._subject = subject
         device = next(decomposition.parameters()).device
@@ -57,6 +68,7 @@ class SPDObjective(nn.Module):
             }
         )
         self._matrices = [each.matrix() for each in decomposition.sizes]
+        # Sources that the loss is a function of, until after_step, and the learning rate of their step.
         self._pending: dict[str, tuple[dict[str, Tensor], float]] = {}
 
     @property
@@ -70,7 +82,7 @@ class SPDObjective(nn.Module):
         with torch.no_grad(), self.decomposition.recording(inputs, outputs):
             clean = self._subject.run(batch)
         importances = self.decomposition.importances(inputs)
-        gates = {name: each.g for name, each in importances.items()}
+        gates = {name: masks.gate(each.q, self.cfg.sampling) for name, each in importances.items()}
         step = _Step(batch, gates, self._subject.reference(clean), outputs)
         real = self._subject.real(batch)
 
@@ -84,16 +96,16 @@ class SPDObjective(nn.Module):
             total = total + self.cfg.losses[name].coefficient * each
         with torch.no_grad():
             terms = {"loss": total, "faithfulness": faith, "minimality": minimal, **losses}
-            l0 = {f"l0/{name}": _active(g, real) for name, g in gates.items()}
+            l0 = {f"l0/{name}": _active(each.q, real) for name, each in importances.items()}
         return total, {name: value.detach() for name, value in (terms | l0).items()}
 
     def _reconstruction(self, name: str, cfg: ReconstructionConfig, step: _Step, progress: float) -> Tensor:
-        runs = masks.routes_of(step.gates, cfg)
         if cfg.masks is Masks.persistent_pgd:
-            return self._persistent(name, cfg, step, runs[0], progress)
+            (routes,) = masks.routes_of(step.gates, cfg)
+            return self._persistent(name, cfg, step, routes, progress)
         n_samples = cfg.n_samples if cfg.masks is Masks.stochastic else 1
-        each = [self._run(cfg, self._masking(cfg, step, routes), step) for routes in runs for _ in range(n_samples)]
-        return torch.stack(each).mean()
+        runs = [routes for _ in range(n_samples) for routes in masks.routes_of(step.gates, cfg)]
+        return torch.stack([self._run(cfg, self._masking(cfg, step, routes), step) for routes in runs]).mean()
 
     def _masking(self, cfg: ReconstructionConfig, step: _Step, routes: Routes) -> Masking:
         match cfg.masks:
@@ -137,12 +149,10 @@ class SPDObjective(nn.Module):
             return damage(step.gates, adversary.values(adversary.raw()))
         fixed = {key: g.detach() for key, g in step.gates.items()}
         adversary.ascend(lambda s: damage(fixed, s), lr)
-        # A copy: the carried values change only after the step, and the graph still needs these.
+        # Leaves of their own, so that the step's one backward pass brings the gradient of this loss and no other's.
         raw = {key: s.clone().requires_grad_() for key, s in adversary.raw().items()}
-        loss = damage(step.gates, adversary.values(raw))
-        gradients = torch.autograd.grad(loss, list(raw.values()), retain_graph=True)
-        self._pending[name] = (dict(zip(raw, gradients, strict=True)), lr)
-        return loss
+        self._pending[name] = (raw, lr)
+        return damage(step.gates, adversary.values(raw))
 
     def _run(self, cfg: ReconstructionConfig, masking: Masking, step: _Step) -> Tensor:
         """One run of the model with masked components, and how far it is from the undisturbed one."""
@@ -163,10 +173,10 @@ class SPDObjective(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        for name, (gradients, lr) in self._pending.items():
-            adversary = self.adversaries[name]
+        for name, (raw, lr) in self._pending.items():
+            adversary, coefficient = self.adversaries[name], self.cfg.losses[name].coefficient
             assert isinstance(adversary, PersistentSources)
-            adversary.update(gradients, lr)
+            adversary.update({key: _gradient(s) / coefficient for key, s in raw.items()}, lr)
         self._pending.clear()
 
     def take_resets(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -199,9 +209,24 @@ class SPDObjective(nn.Module):
         return self.decomposition
 
 
-def _active(g: Float[Tensor, "*rows C"], real: Tensor | None) -> Float[Tensor, ""]:
-    """Mean over positions of the number of components with g > 0."""
-    counts = (g > 0).sum(-1).float()
+def _check(cfg: SPDConfig, rows: Sequence[int]) -> None:
+    require(
+        len(rows) == 2 or cfg.importance.kind is not ImportanceKind.global_shared_transformer,
+        "spd.importance.kind=global_shared_transformer looks along a text, and inputs are vectors; write global_shared_mlp",
+    )
+    for each in cfg.losses.values():
+        if each.adversarial:
+            leading(each.source_scope, rows, each.source_repeats)
+
+
+def _gradient(s: Tensor) -> Tensor:
+    assert s.grad is not None, "sources are updated after the loss that they were part of has been differentiated"
+    return s.grad
+
+
+def _active(q: Float[Tensor, "*rows C"], real: Tensor | None) -> Float[Tensor, ""]:
+    """Mean over positions of the number of components with g > 0, which is q > 0."""
+    counts = (q > 0).sum(-1).float()
     return counts.mean() if real is None else (counts * real).sum() / real.sum()
 
 

@@ -7,10 +7,8 @@ vectors           mean over entries of (y - y_hat)^2
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nndecomp.targets.base import Target
 from nndecomp.tokens.batch import TokenBatch
@@ -67,24 +65,59 @@ class LanguageModel:
     ) -> Float[Tensor, ""]:
         rows, real = masked.flatten(0, 1), batch.mask.flatten()
         weights = real.float() / real.sum()
-        if len(rows) <= self.chunk:
-            return _kl(reference, self._log_p(rows), weights)
-        # Made again for the gradient, not kept; nothing in it is random.
-        parts = zip(reference.split(self.chunk), rows.split(self.chunk), weights.split(self.chunk), strict=True)
-        each = [checkpoint(self._kl_of_rows, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        return torch.stack(each).sum()  # pyright: ignore[reportArgumentType, reportCallIssue]
+        value = _Divergence.apply(rows, reference, weights, self)
+        assert isinstance(value, Tensor)
+        return value
 
-    def _kl_of_rows(self, clean: Tensor, masked: Tensor, weights: Tensor) -> Tensor:
-        return _kl(self._log_p(clean), self._log_p(masked), weights)
+    def kl(
+        self,
+        rows: Float[Tensor, "position d_model"],
+        reference: Float[Tensor, "position _"],
+        weights: Float[Tensor, " position"],
+        known: bool,
+        gradient: Float[Tensor, "position d_model"] | None,
+    ) -> Float[Tensor, ""]:
+        """sum of weights * KL; known: `reference` are log-probabilities. The gradient by `rows`, (weights * (q - p)) taken back
+        through the head, is written into `gradient`.
+        """
+        log_p = reference if known else self._log_p(reference)
+        with torch.set_grad_enabled(gradient is not None):
+            rows = rows.detach().requires_grad_(gradient is not None)
+            logits = self.target.head(rows)
+        with torch.no_grad():
+            log_q, p = logits.float().log_softmax(-1), log_p.exp()
+            value = (weights * (p * (log_p - log_q)).sum(-1)).sum()
+            if gradient is not None:
+                upstream = log_q.exp_().sub_(p).mul_(weights.unsqueeze(-1)).to(logits.dtype)
+                gradient.copy_(torch.autograd.grad(logits, rows, upstream)[0])
+        return value
 
+    @torch.no_grad()
     def _log_p(self, rows: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocab"]:
         return self.target.head(rows).float().log_softmax(-1)
 
 
-def _kl(
-    log_p: Float[Tensor, "position vocab"], log_q: Float[Tensor, "position vocab"], weights: Float[Tensor, " position"]
-) -> Float[Tensor, ""]:
-    return (weights * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)).sum()
+class _Divergence(torch.autograd.Function):
+    """Makes the gradient with the value, so that logits are made once and live as long as their chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, reference: Tensor, weights: Tensor, language: LanguageModel
+    ) -> Float[Tensor, ""]:
+        gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        values, known = [], len(rows) <= language.chunk
+        for start in range(0, len(rows), language.chunk):
+            part = slice(start, start + language.chunk)
+            room = None if gradient is None else gradient[part]
+            values.append(language.kl(rows[part], reference[part], weights[part], known, room))
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return torch.stack(values).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return deltas[0] * gradient, None, None, None
 
 
 class Vectors:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nndecomp.config.checks import require
 from nndecomp.config.spd import ReconstructionConfig, SourceOptimizer, SourceScope, SourceStart
 
 Sources = dict[str, Float[Tensor, "*source C1"]]
@@ -29,7 +30,10 @@ def leading(scope: SourceScope, rows: Sequence[int], repeats: int) -> tuple[int,
         case SourceScope.across_batch:
             return (1, *rows[1:])
         case SourceScope.repeated:
-            assert rows[0] % repeats == 0, f"{rows[0]} sequences do not divide by source_repeats={repeats}"
+            require(
+                rows[0] % repeats == 0,
+                f"spd.losses.*.source_repeats={repeats} must divide the {rows[0]} sequences of a batch",
+            )
             return (repeats, *rows[1:])
         case SourceScope.each:
             return tuple(rows)

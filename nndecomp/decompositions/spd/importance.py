@@ -113,7 +113,6 @@ class GlobalTransformer(nn.Module):
         self.W_out, self.b_out = _drawn((cfg.d_model, C), cfg.d_model, True, draw), nn.Parameter(torch.zeros(C))
 
     def forward(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos C"]:
-        assert x.ndim == 3, f"a transformer over positions sees sequences, not an input of shape {tuple(x.shape)}"
         x = x @ self.W_in + self.b_in
         for block in self.blocks:
             x = block(x)

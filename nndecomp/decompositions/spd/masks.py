@@ -2,6 +2,9 @@
 
 m = g + (1 - g) rho         rho ~ U(0, 1), or 0 or 1 with even chances: never below the importance g
 mu ~ U(0, 1)                of what the components leave over, independent of g
+
+With rho of 0 or 1, half of the masks are g itself, whatever g is; the g of these masks is of 1.05 q - 0.05 U(0, 1), so that
+components near 0 and 1 are still told apart.
 """
 
 from collections.abc import Mapping
@@ -12,8 +15,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nndecomp.config.spd import ReconstructionConfig, Routing, Sampling
+from nndecomp.decompositions.spd.sigmoids import lower_leaky
 
 Gates = Mapping[str, Float[Tensor, "*rows C"]]  # g by map
+_SPREAD = 0.05
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,15 @@ class Mask:
 
 Masking = Mapping[str, Mask]  # by map; maps that are not in it stay as they are
 Routes = Mapping[str, Bool[Tensor, "*rows"] | None]
+
+
+def gate(q: Float[Tensor, "*rows C"], sampling: Sampling) -> Float[Tensor, "*rows C"]:
+    """g, lower-leaky in q, of which masks are made in training."""
+    match sampling:
+        case Sampling.continuous:
+            return lower_leaky(q)
+        case Sampling.binomial:
+            return lower_leaky((1 + _SPREAD) * q - _SPREAD * torch.rand_like(q))
 
 
 def stochastic(gates: Gates, routes: Routes, sampling: Sampling, delta: bool) -> dict[str, Mask]:
