@@ -21,6 +21,8 @@ from nndecomp.build.settings import (
     device,
     trainable,
 )
+from nndecomp.build.toy_settings import toy_settings
+from nndecomp.build.toys import decomposed_toy, recovered_toy, trained_toy
 from nndecomp.build.training import looking, trained, untrained
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "check_runs",
     "compared",
     "decomposed_sites",
+    "decomposed_toy",
     "decompositions",
     "device",
     "faithful",
@@ -49,6 +52,7 @@ __all__ = [
     "of_architecture",
     "pursuits",
     "recovered",
+    "recovered_toy",
     "recovery_rows",
     "reported",
     "reported_activity",
@@ -61,8 +65,10 @@ __all__ = [
     "stream",
     "synthetic",
     "target",
+    "toy_settings",
     "trainable",
     "trained",
+    "trained_toy",
     "truth",
     "untrained",
     "world",

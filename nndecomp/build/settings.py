@@ -13,6 +13,7 @@ from nndecomp.build.end_to_end import attends, check_batches, check_wiring, is_e
 from nndecomp.build.members import Member, decompositions, members
 from nndecomp.build.presets import world
 from nndecomp.build.pursuing import check_pursuit
+from nndecomp.build.toy_settings import toy_settings
 from nndecomp.config.compose import load
 from nndecomp.config.schema import (
     ActivationsKind,
@@ -55,6 +56,9 @@ def check(cfg: RunConfig, trains: bool = False, patches: bool = True) -> None:
     check_log(cfg.log)
     if cfg.pretrain is not None:
         return  # the target is made by the run
+    if cfg.toy is not None:
+        toy_settings(cfg)
+        return
     if cfg.ground_truth is not None:
         for name in cfg.ground_truth.worlds:
             check(replace(world(cfg, name, cfg.ground_truth.seeds[0]), ground_truth=None), trains, patches)

@@ -45,6 +45,7 @@ from nndecomp.config.synthetic import (
 )
 from nndecomp.config.target import TargetConfig, TargetKind
 from nndecomp.config.tokens import Packing, TokensConfig, TokensKind
+from nndecomp.config.toys import ToyConfig, ToyKind
 from nndecomp.config.training import LrSchedule, Optimizer, PretrainConfig, TrainingConfig
 
 __all__ = [
@@ -92,6 +93,8 @@ __all__ = [
     "TargetConfig",
     "TargetKind",
     "Together",
+    "ToyConfig",
+    "ToyKind",
     "TokensConfig",
     "TokensKind",
     "TrainingConfig",
@@ -141,6 +144,7 @@ class RunConfig:
     ground_truth: GroundTruthConfig | None = None
     spd: SPDConfig | None = None  # a parameter decomposition to train
     faithfulness: FaithfulnessConfig | None = None
+    toy: ToyConfig | None = None  # what it is trained on, in place of `target`
     runs: list[str] = field(default_factory=list)  # finished runs, or directories of them, that are evaluated
 
     def __post_init__(self) -> None:

@@ -22,9 +22,7 @@ class TMS(nn.Module):
     def __init__(self, cfg: ToyConfig, draw: torch.Generator) -> None:
         super().__init__()
         self.linear1 = nn.Linear(cfg.n_features, cfg.d_model, bias=False)
-        self.hidden_layers = nn.ModuleList(
-            nn.Linear(cfg.d_model, cfg.d_model, bias=False) for _ in range(cfg.n_layers)
-        )
+        self.hidden_layers = nn.ModuleList(nn.Linear(cfg.d_model, cfg.d_model, bias=False) for _ in range(cfg.n_layers))
         self.linear2 = nn.Linear(cfg.d_model, cfg.n_features)
         with torch.no_grad():
             # Xavier, as in the notebook that comes with Elhage et al. 2022.
