@@ -25,10 +25,12 @@ SHARED = ImportanceConfig(kind=ImportanceKind.shared_mlp, hidden=[6])
 
 
 def chain(*widths: int, bias: bool = True) -> nn.Sequential:
-    """Linear, ReLU, Linear, ... ; frozen, in eval mode."""
+    """Linear, ReLU, Linear, ... ; frozen, in eval mode; the same weights each time."""
     layers: list[nn.Module] = []
-    for n, (d_in, d_out) in enumerate(zip(widths, widths[1:], strict=False)):
-        layers += [nn.ReLU()] * (n > 0) + [nn.Linear(d_in, d_out, bias=bias)]
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        for n, (d_in, d_out) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers += [nn.ReLU()] * (n > 0) + [nn.Linear(d_in, d_out, bias=bias)]
     return nn.Sequential(*layers).eval().requires_grad_(False)
 
 
