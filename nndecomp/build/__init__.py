@@ -8,6 +8,7 @@ from nndecomp.build.comparing import Compared, activity, compared, reported_acti
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
 from nndecomp.build.faithful import check_faithful, faithful, reported_faithfulness
 from nndecomp.build.finding import Pair, found_again, found_again_rows
+from nndecomp.build.flops import training_flops
 from nndecomp.build.measuring import Heldout, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
 from nndecomp.build.presets import world
@@ -69,6 +70,7 @@ __all__ = [
     "trainable",
     "trained",
     "trained_toy",
+    "training_flops",
     "truth",
     "untrained",
     "world",

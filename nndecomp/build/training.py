@@ -39,7 +39,7 @@ def trained(
     members = trainable(cfg) if members is None else members
     if cfg.activations.kind is not ActivationsKind.synthetic:
         heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
-    local, sites = _untrained(cfg, target, members)
+    local, sites = objectives_of(cfg, target, members)
     through = is_end_to_end(members)
     rows = _batches(cfg, target, sites, members)
     objectives = {name: EndToEndObjective(each, target) for name, each in local.items()} if through else local
@@ -59,12 +59,12 @@ def untrained(
 ) -> dict[str, SparseDictionary]:
     """What training starts from, before its first step."""
     members = trainable(cfg) if members is None else members
-    objectives, sites = _untrained(cfg, target, members)
+    objectives, sites = objectives_of(cfg, target, members)
     begin(cfg, target, objectives, members, sites)
     return {name: objective.finished() for name, objective in objectives.items()}
 
 
-def _untrained(
+def objectives_of(
     cfg: RunConfig, target: Target, members: Mapping[str, Member]
 ) -> tuple[dict[str, DictionaryObjective], list[Site]]:
     """Objectives, and the sites of the rows that they take."""

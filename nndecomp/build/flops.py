@@ -1,0 +1,65 @@
+"""Settings -> what training every decomposition of a run costs."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nndecomp.activations.harvest import Harvester
+from nndecomp.activations.sequences import Sequences
+from nndecomp.build.data import harvester, stream
+from nndecomp.build.end_to_end import attends, is_end_to_end, sequences
+from nndecomp.build.members import Member
+from nndecomp.build.settings import trainable
+from nndecomp.build.training import objectives_of
+from nndecomp.config.schema import ActivationsKind, RunConfig
+from nndecomp.targets.base import Target
+from nndecomp.training.end_to_end import EndToEndObjective
+from nndecomp.training.flops import TrainingFlops, count, step_flops
+
+
+def training_flops(
+    cfg: RunConfig, target: Target, members: Mapping[str, Member] | None = None
+) -> dict[str, TrainingFlops]:
+    """Of each decomposition, as if it were trained alone: the target runs as far as its own sites ask for.
+
+    Rows of a store, and synthetic ones, cost no pass of the target. What is measured before the first step (statistics of rows,
+    directions to start from) is not in it.
+    """
+    members = trainable(cfg) if members is None else members
+    return {name: _of(cfg, target, {name: member}) for name, member in members.items()}
+
+
+def _of(cfg: RunConfig, target: Target, one: Mapping[str, Member]) -> TrainingFlops:
+    objectives, sites = objectives_of(cfg, target, one)
+    (local,), n_tokens = objectives.values(), cfg.training.batch_tokens
+    if is_end_to_end(one):
+        read = sequences(cfg, target, sites, one)
+        clean = count(read.next_batch)
+        objective, optimiser = step_flops(EndToEndObjective(local, target), read.next_batch(), cfg.training)
+        return TrainingFlops(clean / n_tokens, objective / n_tokens, optimiser / n_tokens)
+    if cfg.activations.kind is not ActivationsKind.live:
+        objective, optimiser = step_flops(local, stream(cfg, target, sites).next_batch(), cfg.training)
+        return TrainingFlops(0.0, objective / n_tokens, optimiser / n_tokens)
+    read = harvester(cfg, target, sites)
+    passes: list[Tensor] = []
+    clean = count(lambda: passes.append(read.next_rows()))
+    batch = _sequences(read, n_tokens) if attends(one) else _rows(read, passes[0], n_tokens)
+    objective, optimiser = step_flops(local, batch, cfg.training)
+    return TrainingFlops(clean / len(passes[0]), objective / n_tokens, optimiser / n_tokens)
+
+
+def _rows(read: Harvester, rows: Tensor, n: int) -> Tensor:
+    while len(rows) < n:
+        rows = torch.cat([rows, read.next_rows()])
+    return rows[:n].float()
+
+
+def _sequences(read: Harvester, n_tokens: int) -> Sequences:
+    n_seqs = n_tokens // read.seq_len
+    values, keep = read.next_sequences()
+    while len(values) < n_seqs:
+        more, of_more = read.next_sequences()
+        values, keep = torch.cat([values, more]), torch.cat([keep, of_more])
+    kept = keep[:n_seqs].flatten().nonzero()[:, 0]
+    return Sequences(values[:n_seqs].float(), kept.to(values.device))
