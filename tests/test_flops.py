@@ -4,12 +4,14 @@ import pytest
 import torch
 from decomposition_parts import objective
 from experiment_parts import small_target
+from spd_parts import chain, loss_term, objective_on_vectors
 from torch import nn
 
 from nndecomp import build
 from nndecomp.config.compose import compose
 from nndecomp.config.schema import Activation, Architecture, LrSchedule, Optimizer, RunConfig, TrainingConfig
-from nndecomp.training.flops import UPDATE, TrainingFlops, count, step_flops
+from nndecomp.config.spd import Masks
+from nndecomp.training.flops import UPDATE, TrainingFlops, count, spd_flops, step_flops
 
 CFG = TrainingConfig(
     n_tokens=320, batch_tokens=40, optimizer=Optimizer.adam, lr=1e-3, lr_schedule=LrSchedule.constant, lr_warmup=0.0
@@ -51,6 +53,20 @@ def test_a_dense_dictionary_costs_five_products():
 
 def inputs_of(made) -> torch.Tensor:
     return torch.randn(40, made.layout.width, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_parameter_decomposition_costs_its_passes_through_the_target_its_gate_and_its_components():
+    """One map 3 -> 4 of 5 components, importances by an MLP 3 -> 6 -> 5, one masked run; nothing wants the gradient of x."""
+    losses = {"stochastic": loss_term(Masks.stochastic)}
+    made, n = objective_on_vectors(chain(3, 4), losses, maps={"0": 5}, warmup_steps=7), 40
+    model, gate, product = 3 * 4, 3 * 6 + 6 * 5, 3 * 5 * 4
+    components = 3 * 5 + 5 * 4
+    forward = 2 * n * (model + gate + components) + 2 * product
+    backward = 2 * n * (gate + 6 * 5 + components + 5 * 4) + 2 * 2 * product
+    flops = spd_flops(made, torch.randn(n, 3), CFG)
+    assert flops.target == 2 * model
+    assert flops.objective == (forward + backward) / n
+    assert flops.once == 7 * (3 * 2 * product + UPDATE[Optimizer.adamw] * components)
 
 
 def test_what_has_no_formula_is_named_instead_of_passed_over():

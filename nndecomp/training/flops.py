@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from nndecomp.config.schema import Optimizer, TrainingConfig
+from nndecomp.decompositions.spd.losses import faithfulness
 from nndecomp.training.loop import Trainee
 from nndecomp.training.objective import Objective
+from nndecomp.training.parameters import SPDObjective
 
 Shape = Sequence[int]
 
@@ -130,3 +132,15 @@ def step_flops(objective: Objective, batch: Any, cfg: TrainingConfig) -> tuple[i
     products = count(trainee.optimiser.step)
     n_entries = sum(parameter.numel() for parameter in trainee.parameters.values())
     return whole - products, products + UPDATE[trainee.cfg.optimizer] * n_entries
+
+
+def spd_flops(objective: SPDObjective, batch: Any, cfg: TrainingConfig) -> TrainingFlops:
+    """Of a parameter decomposition: `target` is the undisturbed run that importances are made from, `once` the warm-up."""
+    clean = count(lambda: objective.subject.run(batch))
+    whole, optimiser = step_flops(objective, batch, cfg)
+    own = list(objective.decomposition.components.values())
+    matrices = [each.matrix() for each in objective.decomposition.sizes]
+    fit = count(lambda: faithfulness(matrices, own).backward())
+    fit += UPDATE[Optimizer.adamw] * sum(p.numel() for p in objective.decomposition.banks.parameters())
+    n = cfg.batch_tokens
+    return TrainingFlops(clean / n, (whole - clean) / n, optimiser / n, float(objective.cfg.warmup_steps * fit))
