@@ -141,13 +141,16 @@ class _Means:
         self.add(f"jacobian_cosine_{suffix}", site, seqs, cosine(J, other))
         self.add(f"jacobian_error_{suffix}", site, seqs, relative_error(J, other))
 
-    def measurements(self, drawn: Float[Tensor, "resample seq"], confidence: float) -> Iterator[Measurement]:
+    def measurements(
+        self, inputs: str, drawn: Float[Tensor, "resample seq"], confidence: float
+    ) -> Iterator[Measurement]:
+        """`inputs`: what active sets were chosen from where all layers were replaced."""
         for (metric, site), (over, under) in self.sums.items():
             e = estimate(Ratio(over, under), drawn, confidence)
-            live = "end_to_end" in metric
+            whole = "end_to_end" in metric
             unit = next(unit for name, unit in UNITS.items() if name in metric)
-            patched, inputs = ("all", "live") if live else ("none", "clean")
-            yield Measurement(metric, e.value, unit, site, patched, inputs, int(under.sum()), e.low, e.high)
+            patched, seen = ("all", inputs) if whole else ("none", "clean")
+            yield Measurement(metric, e.value, unit, site, patched, seen, int(under.sum()), e.low, e.high)
 
 
 class _Truth:
@@ -170,6 +173,10 @@ class _Truth:
             site = Site(layer, Point.mlp_in)
             self._local[layer] = by_token(lambda x: self.target.mlp_of(site, x).float(), self.sampled[site])
         return self._local[layer]
+
+    def own_masks(self, replacement: HeldReplacement) -> Masks:
+        """At the sampled tokens."""
+        return [mask[self.place.sampled] for mask in replacement.own_masks(self.place, self.rows)]
 
     def end_to_end(self, first: int, without: tuple[int, ...] = ()) -> Float[Tensor, "batch logit pos d"]:
         """Of the logits with respect to the stream entering layer `first`, with MLPs of the layers `without` adding nothing."""
@@ -209,7 +216,8 @@ def faithfulness(
             _local(each, truth, alive[name], draw, means[name])
             _end_to_end(each, truth, alive[name], draw, means[name])
     drawn = resamples(len(keep), evaluation.bootstrap, seed)
-    return {name: list(each.measurements(drawn, evaluation.confidence)) for name, each in means.items()}
+    confidence = evaluation.confidence
+    return {name: list(each.measurements(replacements[name].inputs, drawn, confidence)) for name, each in means.items()}
 
 
 def _sites(replacement: HeldReplacement) -> set[Site]:
@@ -226,7 +234,7 @@ def _alive(
     for place in where:
         rows = {site: place.rows(values) for site, values in target.record(place.tokens, sites).items()}
         for name, each in replacements.items():
-            masks = zip(each.own_masks(rows), each.own_masks_live(place), strict=True)
+            masks = zip(each.own_masks(place, rows), each.own_masks_replaced(place), strict=True)
             fired = [(clean != 0).any(0) | (live != 0).any(0) for clean, live in masks]
             before = alive.get(name, fired)
             alive[name] = [a | b for a, b in zip(before, fired, strict=True)]
@@ -245,7 +253,7 @@ def _local(
     draw: torch.Generator,
     means: _Means,
 ) -> None:
-    own, seqs = replacement.own_masks(truth.sampled), truth.place.sampled_seqs
+    own, seqs = truth.own_masks(replacement), truth.place.sampled_seqs
     means.add("l0_local", "all", seqs, _l0(own))
     for condition, masks in {"": own, "random": random_masks(own, alive, draw)}.items():
         for layer in replacement.layers:
@@ -263,11 +271,11 @@ def _end_to_end(
     means: _Means,
 ) -> None:
     place, first = truth.place, min(replacement.layers)
-    own = replacement.own_masks_live(place)
+    own = replacement.own_masks_replaced(place)
     means.add("l0_end_to_end", "all", place.seqs[(place.kept // place.tokens.shape[1]).cpu()], _l0(own))
     clean = truth.end_to_end(first)
     for condition, masks in {"": own, "random": random_masks(own, alive, draw)}.items():
-        with truth.target.patch(replacement.replacements(place, masks)):
+        with replacement.installed(place, masks):
             means.compare("end_to_end", "all", place.seqs, clean, truth.logits(first), condition)
     without = truth.end_to_end(first, replacement.layers)
     means.compare("end_to_end", "all", place.seqs, clean, without, "zero")

@@ -10,6 +10,7 @@ A dictionary that reads mlp_out has no map from mlp_in of its own: it stands beh
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float
@@ -32,19 +33,19 @@ Rows = Mapping[Site, Float[Tensor, "token width"]]
 
 
 class HeldReplacement(ABC):
-    """`layers`: whose MLPs it replaces. `reads`: what `own_masks` needs. `modules`: the name of each group of units."""
+    """`layers`: whose MLPs it replaces. `reads`: what of the undisturbed run it wants to see."""
 
     layers: tuple[int, ...]
     reads: tuple[Site, ...]
-    modules: tuple[str, ...]
+    inputs: str  # what active sets are chosen from where all layers are replaced: live, or clean_gates
 
     @abstractmethod
-    def own_masks(self, rows: Rows) -> Masks:
-        """The active sets that it chooses itself, from the target's undisturbed activations."""
+    def own_masks(self, batch: Sequences, rows: Rows) -> Masks:
+        """The active sets that it chooses itself in the undisturbed run, whose activations at kept positions are `rows`."""
 
     @abstractmethod
-    def own_masks_live(self, batch: Sequences) -> Masks:
-        """The active sets that it chooses in the run in which it replaces all its layers."""
+    def own_masks_replaced(self, batch: Sequences) -> Masks:
+        """The active sets that it chooses itself where it replaces all its layers."""
 
     @abstractmethod
     def mlp_out(
@@ -53,22 +54,23 @@ class HeldReplacement(ABC):
         """Its mlp_out of a layer as a function of the same layer's mlp_in, with everything else in `rows` constant."""
 
     @abstractmethod
-    def replacements(self, batch: Sequences, masks: Masks) -> dict[Site, Replace]:
-        """What replaces all its layers, from what arrives in the replaced run."""
+    def installed(self, batch: Sequences, masks: Masks) -> AbstractContextManager[None]:
+        """Within the block the target runs with all its layers replaced, from what arrives in that run."""
 
 
 class HeldDictionary(HeldReplacement):
+    inputs = "live"
+
     def __init__(self, name: str, target: Target, dictionary: SparseDictionary) -> None:
         self.target, self.dictionary = target, dictionary
         self.held, self.activation = hold(dictionary)
         self.layers = _layers(name, dictionary)
         self.reads = dictionary.reads
-        self.modules = tuple(bank.name for bank in dictionary.banks)
 
-    def own_masks(self, rows: Rows) -> Masks:
+    def own_masks(self, batch: Sequences, rows: Rows) -> Masks:
         return masks_of(self.dictionary.encode(torch.cat([rows[s] for s in self.dictionary.read_layout.sites], 1)))
 
-    def own_masks_live(self, batch: Sequences) -> Masks:
+    def own_masks_replaced(self, batch: Sequences) -> Masks:
         return masks_of(_live_codes(self.target, self.dictionary, batch))
 
     def mlp_out(
@@ -86,25 +88,26 @@ class HeldDictionary(HeldReplacement):
                 run.read(site, rows[site])
         return run.write(out)
 
-    def replacements(self, batch: Sequences, masks: Masks) -> dict[Site, Replace]:
+    def installed(self, batch: Sequences, masks: Masks) -> AbstractContextManager[None]:
         self.activation.masks = masks
-        return live(batch, [self.held], self.held.writes)[0]
+        return self.target.patch(live(batch, [self.held], self.held.writes)[0])
 
 
 class HeldNeurons(HeldReplacement):
     """The model's own modules, with mlp_hidden multiplied by the mask."""
 
+    inputs = "live"
+
     def __init__(self, name: str, target: Target, baseline: NeuronBaseline) -> None:
         self.target, self.baseline = target, baseline
         self.layers = _layers(name, baseline)
         self.reads = baseline.reads
-        self.modules = tuple(cost.name for cost in baseline.costs)
 
-    def own_masks(self, rows: Rows) -> Masks:
+    def own_masks(self, batch: Sequences, rows: Rows) -> Masks:
         hidden = torch.cat([rows[site] for site in self.baseline.read_layout.sites], 1)
         return masks_of(self.baseline(hidden)[1])
 
-    def own_masks_live(self, batch: Sequences) -> Masks:
+    def own_masks_replaced(self, batch: Sequences) -> Masks:
         return masks_of(_live_codes(self.target, self.baseline, batch))
 
     def mlp_out(
@@ -115,11 +118,11 @@ class HeldNeurons(HeldReplacement):
         with self.target.patch({site: lambda hidden: hidden * mask.view_as(hidden)}):
             return self.target.mlp_of(Site(layer, Point.mlp_in), mlp_in).float()
 
-    def replacements(self, batch: Sequences, masks: Masks) -> dict[Site, Replace]:
+    def installed(self, batch: Sequences, masks: Masks) -> AbstractContextManager[None]:
         def silence(mask: Tensor) -> Replace:
             return lambda hidden: batch.put(hidden, batch.rows(hidden) * mask)
 
-        return {site: silence(mask) for site, mask in zip(self.reads, masks, strict=True)}
+        return self.target.patch({site: silence(mask) for site, mask in zip(self.reads, masks, strict=True)})
 
 
 def held(name: str, target: Target, replacement: Decomposition) -> HeldReplacement:
