@@ -99,18 +99,19 @@ Substitute = Callable[[Tensor, Tensor], Tensor | None]
 def substituting(substitutes: Mapping[nn.Module, Substitute]) -> Iterator[None]:
     """Within the block, each module returns what its function makes of its input and output, cast to the output's dtype."""
 
-    def after(substitute: Substitute, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        assert isinstance(output, Tensor), f"a {type(module).__name__} returned a {type(output).__name__}"
-        new = substitute(args[0], output)
-        assert new is None or new.shape == output.shape, (
-            f"a substitute of shape {tuple(new.shape)} stands where {tuple(output.shape)} belongs"
-        )
-        return None if new is None else new.to(output.dtype)
-
     with ExitStack() as attached:
         for module, substitute in substitutes.items():
-            attached.callback(module.register_forward_hook(partial(after, substitute), prepend=True).remove)
+            attached.callback(module.register_forward_hook(partial(_substituted, substitute), prepend=True).remove)
         yield
+
+
+def _substituted(substitute: Substitute, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    assert isinstance(output, Tensor), f"a {type(module).__name__} returned a {type(output).__name__}"
+    new = substitute(args[0], output)
+    assert new is None or new.shape == output.shape, (
+        f"a substitute of shape {tuple(new.shape)} stands where {tuple(output.shape)} belongs"
+    )
+    return None if new is None else new.to(output.dtype)
 
 
 def record(run: Callable[[], object], taps: Mapping[Site, Tap]) -> dict[Site, Tensor]:

@@ -10,6 +10,7 @@ components read, through those. Bushnaq, Braun and Sharkey 2025, arXiv 2506.2079
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class _Step:
     batch: Any
     gates: Gates
     reference: Tensor
-    outputs: dict[str, Tensor]  # of the maps, undisturbed
+    outputs: dict[str, Tensor] | None  # of the maps, undisturbed; null where no loss compares them
 
 
 class SPDObjective(nn.Module):
@@ -78,7 +79,9 @@ class SPDObjective(nn.Module):
     def loss(self, batch: Any, progress: float) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The loss, and of what it is made: unweighted losses by name, and `l0/<map>`, active components a position."""
         inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
+        # Kept only where they are compared.
+        hidden = any(each.reconstructed is Reconstructed.hidden for each in self.cfg.losses.values())
+        outputs: dict[str, Tensor] | None = {} if hidden else None
         with torch.no_grad(), self.decomposition.recording(inputs, outputs):
             clean = self._subject.run(batch)
         importances = self.decomposition.importances(inputs)
@@ -127,10 +130,13 @@ class SPDObjective(nn.Module):
             lead = leading(cfg.source_scope, g.shape[:-1], cfg.source_repeats)
             sources[name] = started((*lead, g.shape[-1] + 1), cfg, g.device)
 
-        def damage(s: Mapping[str, Tensor]) -> Tensor:
-            return self._run(cfg, self._adversarial(fixed, routes, s), step)
-
+        damage = partial(self._damage, cfg, step, routes, fixed)
         return self._adversarial(step.gates, routes, pgd(damage, sources, cfg.n_steps, cfg.step_size))
+
+    def _damage(
+        self, cfg: ReconstructionConfig, step: _Step, routes: Routes, gates: Gates, s: Mapping[str, Tensor]
+    ) -> Tensor:
+        return self._run(cfg, self._adversarial(gates, routes, s), step)
 
     def _adversarial(self, gates: Gates, routes: Routes, sources: Mapping[str, Tensor]) -> Masking:
         sources = {name: spread(s, len(gates[name])) for name, s in sources.items()}
@@ -142,9 +148,7 @@ class SPDObjective(nn.Module):
         warm = cfg.source_lr_warmup
         lr = cfg.source_lr * (min(1.0, progress / warm) if warm else 1.0)
 
-        def damage(gates: Gates, s: Mapping[str, Tensor]) -> Tensor:
-            return self._run(cfg, self._adversarial(gates, routes, s), step)
-
+        damage = partial(self._damage, cfg, step, routes)
         if not self.training:
             return damage(step.gates, adversary.values(adversary.raw()))
         fixed = {key: g.detach() for key, g in step.gates.items()}
@@ -163,6 +167,7 @@ class SPDObjective(nn.Module):
             case Reconstructed.outputs:
                 return self._subject.divergence(step.reference, masked, step.batch)
             case Reconstructed.hidden:
+                assert step.outputs is not None
                 return _hidden_error(outputs, step.outputs, self._subject.real(step.batch))
 
     def before_step(self) -> None:
@@ -194,13 +199,14 @@ class SPDObjective(nn.Module):
         cfg = self.cfg
         optimiser = torch.optim.AdamW(own, lr=cfg.warmup_lr, weight_decay=cfg.warmup_weight_decay, fused=True)
         components = list(self.decomposition.components.values())
-        with Progress(f"{description}: faithfulness", cfg.warmup_steps, 0, unit="steps") as progress:
-            for _ in range(cfg.warmup_steps):
-                optimiser.zero_grad()
-                faithfulness(self._matrices, components).backward()
-                optimiser.step()
-                progress.advance(1)
-        optimiser.zero_grad()
+        if cfg.warmup_steps:
+            with Progress(f"{description}: faithfulness", cfg.warmup_steps, 0, unit="steps") as progress:
+                for _ in range(cfg.warmup_steps):
+                    optimiser.zero_grad()
+                    faithfulness(self._matrices, components).backward()
+                    optimiser.step()
+                    progress.advance(1)
+            optimiser.zero_grad()
         with torch.no_grad():
             return float(faithfulness(self._matrices, components))
 
@@ -232,9 +238,8 @@ def _active(q: Float[Tensor, "*rows C"], real: Tensor | None) -> Float[Tensor, "
 
 def _hidden_error(masked: Mapping[str, Tensor], clean: Mapping[str, Tensor], real: Tensor | None) -> Float[Tensor, ""]:
     """Mean over positions and coordinates, then over maps, of the squared error of what the maps return."""
-
-    def of(y_hat: Tensor, y: Tensor) -> Tensor:
-        errors = (y_hat.float() - y.float()).square().mean(-1)
-        return errors.mean() if real is None else (errors * real).sum() / real.sum()
-
-    return torch.stack([of(masked[name], clean[name]) for name in masked]).mean()
+    means = []
+    for name, y_hat in masked.items():
+        errors = (y_hat.float() - clean[name].float()).square().mean(-1)
+        means.append(errors.mean() if real is None else (errors * real).sum() / real.sum())
+    return torch.stack(means).mean()

@@ -6,7 +6,7 @@ The model itself is not part of it: its maps are known by their modules, which s
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float
@@ -85,17 +85,7 @@ class ParameterDecomposition(nn.Module):
     @contextmanager
     def recording(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Within the block, one run of the model keeps what the maps take in in `inputs`, and what they return in `outputs`."""
-
-        def keep(name: str) -> Substitute:
-            def record(x: Tensor, y: Tensor) -> None:
-                assert name not in inputs, f"{name} runs more than once in a run of the model: which is its input?"
-                inputs[name] = x
-                if outputs is not None:
-                    outputs[name] = y
-
-            return record
-
-        with substituting({each.module: keep(name) for name, each in self.maps.items()}):
+        with substituting({each.module: partial(_keep, name, inputs, outputs) for name, each in self.maps.items()}):
             yield
         require(
             inputs.keys() == self.maps.keys(),
@@ -105,16 +95,26 @@ class ParameterDecomposition(nn.Module):
     @contextmanager
     def installed(self, masking: Masking, outputs: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Within the block, masked components stand in for the maps that `masking` names; what they return is kept in `outputs`."""
-        components = self.components
-
-        def stand_in(name: str, mask: Mask) -> Substitute:
-            def substitute(x: Tensor, y: Tensor) -> Tensor:
-                z = masked(components[name], x, y, self._biases[name], mask.m, mask.mu, mask.route)
-                if outputs is not None:
-                    outputs[name] = z
-                return z
-
-            return substitute
-
-        with substituting({self.maps[name].module: stand_in(name, mask) for name, mask in masking.items()}):
+        own = self.components
+        substitutes: dict[nn.Module, Substitute] = {
+            self.maps[name].module: partial(_stand_in, name, own[name], self._biases[name], mask, outputs)
+            for name, mask in masking.items()
+        }
+        with substituting(substitutes):
             yield
+
+
+def _keep(name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor] | None, x: Tensor, y: Tensor) -> None:
+    assert name not in inputs, f"{name} runs more than once in a run of the model: which is its input?"
+    inputs[name] = x
+    if outputs is not None:
+        outputs[name] = y
+
+
+def _stand_in(
+    name: str, own: Components, bias: Tensor | None, mask: Mask, outputs: dict[str, Tensor] | None, x: Tensor, y: Tensor
+) -> Tensor:
+    z = masked(own, x, y, bias, mask.m, mask.mu, mask.route)
+    if outputs is not None:
+        outputs[name] = z
+    return z

@@ -38,12 +38,10 @@ def minimality(
     upper: Mapping[str, Float[Tensor, "*rows C"]], real: Bool[Tensor, "*rows"] | None, p: float, frequency: float
 ) -> Float[Tensor, ""]:
     """upper: h of each map. real: the positions that count, null where all do. Powers in float32."""
-
-    def of(h: Tensor) -> Tensor:
+    costs = []
+    for h in upper.values():
         values = (h.float() + EPSILON).pow(p).flatten(0, -2)
         sums = values.sum(0) if real is None else (values * real.flatten().unsqueeze(-1)).sum(0)
-        n = len(values) if real is None else real.sum()
-        means = sums / n
-        return (means * (1 + frequency * torch.log2(1 + sums))).sum() if frequency else means.sum()
-
-    return torch.stack([of(h) for h in upper.values()]).sum()
+        means = sums / (len(values) if real is None else real.sum())
+        costs.append((means * (1 + frequency * torch.log2(1 + sums))).sum() if frequency else means.sum())
+    return torch.stack(costs).sum()

@@ -45,13 +45,13 @@ def gate(q: Float[Tensor, "*rows C"], sampling: Sampling) -> Float[Tensor, "*row
 
 def stochastic(gates: Gates, routes: Routes, sampling: Sampling, delta: bool) -> dict[str, Mask]:
     """Drawn anew from torch's generator: for each map, position and component, and the leftover for each map and position."""
+    return {name: Mask(*_drawn(g, sampling, delta), routes[name]) for name, g in gates.items() if name in routes}
 
-    def drawn(g: Tensor) -> tuple[Tensor, Tensor | None]:
-        rho = torch.rand_like(g) if sampling is Sampling.continuous else torch.randint_like(g, 2)
-        mu = torch.rand_like(g[..., 0]) if delta else None
-        return g + (1 - g) * rho, mu
 
-    return {name: Mask(*drawn(g), routes[name]) for name, g in gates.items() if name in routes}
+def _drawn(g: Float[Tensor, "*rows C"], sampling: Sampling, delta: bool) -> tuple[Tensor, Tensor | None]:
+    rho = torch.rand_like(g) if sampling is Sampling.continuous else torch.randint_like(g, 2)
+    mu = torch.rand_like(g[..., 0]) if delta else None
+    return g + (1 - g) * rho, mu
 
 
 def important(gates: Gates, routes: Routes) -> dict[str, Mask]:
@@ -66,12 +66,12 @@ def adversarial(
     gates: Gates, routes: Routes, sources: Mapping[str, Float[Tensor, "*source C1"]], delta: bool
 ) -> dict[str, Mask]:
     """m = g + (1 - g) s, mu = the last entry of s; sources broadcast over sequences and positions."""
-
-    def of(g: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
-        m = g + (1 - g) * s[..., :-1]
-        return m, s[..., -1].expand(m.shape[:-1]) if delta else None
-
-    return {name: Mask(*of(g, sources[name]), routes[name]) for name, g in gates.items() if name in routes}
+    found = {}
+    for name in (each for each in gates if each in routes):
+        g, s = gates[name], sources[name]
+        mu = s[..., -1].expand(g.shape[:-1]) if delta else None
+        found[name] = Mask(g + (1 - g) * s[..., :-1], mu, routes[name])
+    return found
 
 
 def routes_of(gates: Gates, cfg: ReconstructionConfig) -> list[Routes]:
