@@ -43,6 +43,7 @@ from nndecomp.config.synthetic import (
     SyntheticConfig,
     SyntheticShapeConfig,
 )
+from nndecomp.config.tail import TailConfig
 from nndecomp.config.target import TargetConfig, TargetKind
 from nndecomp.config.tokens import Packing, TokensConfig, TokensKind
 from nndecomp.config.toys import ToyConfig, ToyKind
@@ -90,6 +91,7 @@ __all__ = [
     "Scope",
     "SyntheticConfig",
     "SyntheticShapeConfig",
+    "TailConfig",
     "TargetConfig",
     "TargetKind",
     "Together",
@@ -144,6 +146,7 @@ class RunConfig:
     ground_truth: GroundTruthConfig | None = None
     spd: SPDConfig | None = None  # a parameter decomposition to train
     faithfulness: FaithfulnessConfig | None = None
+    tail: TailConfig | None = None
     toy: ToyConfig | None = None  # what it is trained on, in place of `target`
     runs: list[str] = field(default_factory=list)  # finished runs, or directories of them, that are evaluated
 
