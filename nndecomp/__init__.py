@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nndecomp.face import (
         evaluate,
         load_decomposition,
+        load_parameters,
         load_target,
         neurons,
         patched_logits,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "evaluate",
     "load_decomposition",
+    "load_parameters",
     "load_target",
     "neurons",
     "patched_logits",

@@ -12,6 +12,7 @@ Into another form: `to_jumprelu(clt, x)` (batchtopk by its threshold, topk by on
 `to_pursuit(sae, k=8)` (codes found by gradient pursuit), `with_unit_norm_decoder(clt)`; each is saved as any other.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,11 +38,15 @@ from nndecomp.config.schema import (
     require,
 )
 from nndecomp.decompositions.attribution import AttributedNeurons
-from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.base import Decomposition, Replacement
 from nndecomp.decompositions.conversion import to_jumprelu, to_pursuit, with_unit_norm_decoder
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.neurons import NeuronBaseline
-from nndecomp.decompositions.replacing import live, pasted
+from nndecomp.decompositions.replacing import pasted
+from nndecomp.decompositions.spd.gated import GatedParameters
+from nndecomp.decompositions.spd.gates import Gate, GateKind
+from nndecomp.decompositions.spd.pretrained import load_parameters as saved
+from nndecomp.evaluation.answers import answers
 from nndecomp.evaluation.patching import Batch, clean_run
 from nndecomp.targets import load
 from nndecomp.targets.base import Target
@@ -55,6 +60,7 @@ if TYPE_CHECKING:
 __all__ = [
     "evaluate",
     "load_decomposition",
+    "load_parameters",
     "load_target",
     "neurons",
     "patched_logits",
@@ -103,6 +109,27 @@ def load_decomposition(source: str | Path, name: str | None = None, device: str 
     name = names[0] if name is None else name
     require(name in names, f"{source} has no decomposition {name}; there are: {', '.join(names)}")
     return SparseDictionary.from_pretrained(saved / name, device)
+
+
+def load_parameters(
+    source: str | Path, target: Target, gate: str = "importance", delta: bool = False
+) -> GatedParameters:
+    """The parameter decomposition of a run directory, or a saved directory, as it takes the place of weights of `target`.
+
+    gate: `importance` (masks are the importances), `threshold0.5` (components with an importance above it), `topk16` (the 16
+    largest of each map), `topk_all64` (the 64 largest of all maps); delta: with what the components leave of the weights.
+    """
+    found = re.fullmatch(r"(importance|threshold|topk|topk_all)([\d.]*)", gate)
+    wanted = "importance, threshold<0..1>, topk<k> or topk_all<k>"
+    require(found is not None and (found[1] == "importance") == (not found[2]), f"gate={gate} is none of {wanted}")
+    assert found is not None
+    kind = GateKind[found[1]]
+    value = None if not found[2] else float(found[2]) if kind is GateKind.threshold else int(found[2])
+    run = Path(source).expanduser()
+    decomposition = (
+        build.saved_parameters(run, target) if (run / "decompositions").is_dir() else saved(source, target.module())
+    )
+    return GatedParameters(decomposition, target, Gate(kind, value, delta))
 
 
 def neurons(target: Target, k: int, ranking: str = "activation") -> NeuronBaseline:
@@ -159,36 +186,36 @@ def read(target: Target, decomposition: Decomposition, text: Text) -> RowsOrSequ
 @torch.no_grad()
 def patched_logits(
     target: Target,
-    decomposition: Decomposition,
+    decomposition: Replacement,
     text: Text,
     layers: Sequence[int] | None = None,
     inputs: str = "live",
 ) -> Float[Tensor, "batch pos vocab"]:
     """Next-token logits with the decomposition in place of what it writes, at `layers` (null: all it writes).
 
-    inputs: `live` lets each read see what arrives in the patched run, `clean` what the undisturbed run had.
+    inputs: `live` lets each read see what arrives in the patched run, `clean` what the undisturbed run had; with `clean_gates`
+    components of weights see what arrives, and their gates the undisturbed run.
     """
     require(inputs in Inputs.__members__, f"inputs={inputs} is not one of {', '.join(Inputs.__members__)}")
     sites = tuple(site for site in decomposition.writes if layers is None or site.layer in layers)
     require(bool(sites), f"layers={layers} has none of {', '.join(map(str, decomposition.writes))}, which are written")
-    batch = whole(tokenise(target, text))
-    match Inputs[inputs]:
-        case Inputs.live:
-            obstacle = decomposition.live_obstacle()
-            require(obstacle is None, f"inputs=live is not possible: {obstacle}; use inputs=clean")
-            replacements, _ = live(batch, [decomposition], sites)
-        case Inputs.clean:
-            clean = clean_run(target, batch, decomposition.reads, decomposition.reads)
-            y_hat, _ = decomposition(clean.read_by(decomposition))
-            spans = decomposition.write_layout.spans
-            replacements = pasted(batch, {site: y_hat[:, spans[site]] for site in sites})
-    with target.patch(replacements):
+    batch, mode = whole(tokenise(target, text)), Inputs[inputs]
+    inside = answers(target, [decomposition])
+    obstacle = inside.obstacle(mode) if inside.offers(mode) else "only gates of parameters can be had apart"
+    require(obstacle is None, f"inputs={inputs} is not possible: {obstacle}; use inputs=clean")
+    if mode is Inputs.clean:
+        attends = isinstance(decomposition, Decomposition) and decomposition.needs_sequences
+        rows, _ = inside.clean(
+            batch, clean_run(target, batch, decomposition.reads, decomposition.reads if attends else ())
+        )
+        replaced = target.patch(pasted(batch, {site: rows[site] for site in sites}))
+    else:
+        replaced = inside.inside(mode, batch, sites, None)
+    with replaced:
         return target.logits(batch.tokens)
 
 
-def evaluate(
-    target: Target, decompositions: Decomposition | Mapping[str, Decomposition], *overrides: str
-) -> "DataFrame":
+def evaluate(target: Target, decompositions: Replacement | Mapping[str, Replacement], *overrides: str) -> "DataFrame":
     """Rows of measurements on held-out text, as every run writes them; `overrides` are settings of conf/config.yaml.
 
     nndecomp.evaluate(target, {"clt": clt, "neurons": nndecomp.neurons(target, 16)}, "tokens=stdlib", "tokens.seq_len=128")

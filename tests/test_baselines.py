@@ -274,10 +274,10 @@ def test_what_has_no_meaning_for_a_baseline_is_refused():
         ("principal_directions", "activation=topk", "write activation=abs_topk"),
     ):
         with pytest.raises(SettingError, match=said):
-            compose("exp_004_train_presets", [f"decomposition={preset}", f"decomposition.{setting}"])
+            compose("exp_027_train_presets", [f"decomposition={preset}", f"decomposition.{setting}"])
     with pytest.raises(SettingError, match="architecture=random_directions is a baseline that is never trained"):
         chosen = ["+scale=smoke", "decomposition=random_directions", "decomposition.k=4"]
-        build.check(compose("exp_004_train_presets", chosen), trains=True)
+        build.check(compose("exp_027_train_presets", chosen), trains=True)
 
 
 def test_a_notebook_ranks_neurons_as_settings_do():

@@ -255,7 +255,7 @@ def attempt(out: Path, stop_after: int = -1, *overrides: str) -> SparseDictionar
     texts.mkdir(exist_ok=True)
     for i in range(60):
         (texts / f"{i}.txt").write_text("\n".join(f"def f{i}_{j}(x): return x + {i * j}" for j in range(40)))
-    cfg = compose("exp_004_train_presets", [*SMALL, "tokens=files", f"tokens.path={texts}", *overrides])
+    cfg = compose("exp_027_train_presets", [*SMALL, "tokens=files", f"tokens.path={texts}", *overrides])
     torch.manual_seed(cfg.seed)
     with pytest.MonkeyPatch.context() as patch:
         batches = training._batches
@@ -292,5 +292,5 @@ def test_it_trains_through_the_target(tmp_path: Path, sites: str) -> None:
 )
 def test_what_it_cannot_train_on_is_refused_before_the_target_loads(overrides: list[str], sentence: str) -> None:
     with pytest.raises(SettingError, match=sentence) as refused:
-        build.check(compose("exp_004_train_presets", [*SMALL, *overrides]), trains=True)
+        build.check(compose("exp_027_train_presets", [*SMALL, *overrides]), trains=True)
     assert "\n" not in str(refused.value)

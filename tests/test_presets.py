@@ -84,9 +84,9 @@ def test_presets_are_refused_nothing_and_train(chunk: int, settings: RunConfig, 
 def test_what_one_figure_cannot_compare_is_refused_before_it_trains():
     with pytest.raises(SettingError, match=r"b writes layers=\[0\] and a layers=\[2\], .* give b layers=\[2\]"):
         build.check(
-            compose("exp_004_train_presets", ["+scale=smoke", "+presets={a: [topk], b: [transcoder]}"]), trains=True
+            compose("exp_027_train_presets", ["+scale=smoke", "+presets={a: [topk], b: [transcoder]}"]), trains=True
         )
-    same = compose("exp_004_train_presets", ["+scale=smoke", '+presets={a: [topk], b: [transcoder, "layers=[2]"]}'])
+    same = compose("exp_027_train_presets", ["+scale=smoke", '+presets={a: [topk], b: [transcoder, "layers=[2]"]}'])
     build.check(same, trains=True)
     variant = compose("exp_017_clt_replacement_model", ["+scale=smoke", "+compare.variants.x.layers=[0]"])
     with pytest.raises(SettingError, match=r"x_k\d+\S* writes layers=\[0\]"):
@@ -106,7 +106,7 @@ def test_what_one_figure_cannot_compare_is_refused_before_it_trains():
 def test_dictionaries_without_live_inputs_are_not_trained_to_be_measured_on_them_alone(overrides, sentence):
     def check(inputs: str) -> None:
         asked = ["+scale=smoke", *overrides, f"evaluation.inputs=[{inputs}]"]
-        build.check(compose("exp_004_train_presets", asked), trains=True)
+        build.check(compose("exp_027_train_presets", asked), trains=True)
 
     check("clean,live")
     with pytest.raises(SettingError, match=sentence):

@@ -11,6 +11,12 @@ from nndecomp.build.finding import Pair, found_again, found_again_rows
 from nndecomp.build.flops import training_flops
 from nndecomp.build.measuring import Heldout, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
+from nndecomp.build.parameters import (
+    gated,
+    gates,
+    saved_parameters,
+    trained_parameters,
+)
 from nndecomp.build.presets import world
 from nndecomp.build.pursuing import pursuits
 from nndecomp.build.recovering import recovered, recovery_rows, truth
@@ -73,5 +79,9 @@ __all__ = [
     "training_flops",
     "truth",
     "untrained",
+    "gated",
+    "gates",
+    "saved_parameters",
+    "trained_parameters",
     "world",
 ]

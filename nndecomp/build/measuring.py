@@ -12,7 +12,7 @@ from nndecomp.activations.harvest import kept
 from nndecomp.activations.statistics import measure, site_means
 from nndecomp.checkpoint import write_text
 from nndecomp.config.schema import RunConfig
-from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.base import Replacement
 from nndecomp.evaluation.context import context
 from nndecomp.evaluation.rows import join, table, write_rows
 from nndecomp.evaluation.suite import evaluate_all
@@ -46,7 +46,7 @@ def heldout(cfg: RunConfig, target: Target, writes: Sequence[Site]) -> Heldout:
 def measured(
     cfg: RunConfig,
     target: Target,
-    replacements: Mapping[str, Sequence[Decomposition]],
+    replacements: Mapping[str, Sequence[Replacement]],
     run: str,
     seeds: Mapping[str, int] | None = None,
     text: Heldout | None = None,

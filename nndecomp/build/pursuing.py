@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from nndecomp.config.schema import Activation, Architecture, CodeNormalisation, DecompositionConfig, RunConfig, require
-from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.base import Replacement
 from nndecomp.decompositions.conversion import pursuit_obstacle, to_pursuit
 from nndecomp.decompositions.groups import SparseDictionary
 
@@ -31,7 +31,7 @@ def check_pursuit(cfg: RunConfig, named: Mapping[str, DecompositionConfig]) -> N
 
 
 def pursued(
-    ks: Sequence[int], replacements: Mapping[str, Sequence[Decomposition]]
+    ks: Sequence[int], replacements: Mapping[str, Sequence[Replacement]]
 ) -> dict[str, tuple[str, list[SparseDictionary]]]:
     """Name -> the name of what is pursued, and the pursuits, for every replacement that can be and every k."""
     found: dict[str, tuple[str, list[SparseDictionary]]] = {}

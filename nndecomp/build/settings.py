@@ -11,6 +11,7 @@ from nndecomp.activations.sequences import check_sequences
 from nndecomp.activations.store import open_store
 from nndecomp.build.end_to_end import attends, check_batches, check_wiring, is_end_to_end, live_obstacle
 from nndecomp.build.members import Member, decompositions, members
+from nndecomp.build.parameter_checks import check_parameters
 from nndecomp.build.presets import world
 from nndecomp.build.pursuing import check_pursuit
 from nndecomp.build.toy_settings import toy_settings
@@ -78,6 +79,7 @@ def check(cfg: RunConfig, trains: bool = False, patches: bool = True) -> None:
         if patches:
             check_comparable(cfg, shape)
             check_inputs(cfg, shape)
+    check_parameters(cfg)
     if cfg.runs:
         check_runs(cfg)
     if not cfg.runs:

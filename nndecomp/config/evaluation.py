@@ -9,6 +9,8 @@ from nndecomp.config.checks import require
 class Inputs(Enum):
     clean = "clean"  # replacements computed from the undisturbed run
     live = "live"  # each read sees what arrives in the patched run: errors compound
+    # Of parameter decompositions: gates from the undisturbed run, components read what arrives, as in their training.
+    clean_gates = "clean_gates"
 
 
 class Patched(Enum):
@@ -29,6 +31,12 @@ class EvaluationConfig:
     # What writes what it reads, measured a second time for each of these k: the same decoder, its codes found by gradient
     # pursuit, k features a group, with errors in units of raw activations. Named <name>_pursuit<k>.
     pursuit: list[int] = field(default_factory=list)
+    # Gates of parameter decompositions, each measured on its own beside the importances themselves: components with an
+    # importance above a threshold, the k largest of each map, the k largest of all maps together.
+    thresholds: list[float] = field(default_factory=lambda: [0.0, 0.5])
+    topk: list[int] = field(default_factory=list)
+    topk_all: list[int] = field(default_factory=list)
+    delta: bool = False  # each once more with what the components leave of the weights
 
     def __post_init__(self) -> None:
         require(self.n_seqs >= 2, f"evaluation.n_seqs={self.n_seqs}: intervals need at least 2 sequences")
@@ -48,5 +56,15 @@ class EvaluationConfig:
         require(
             all(k > 0 for k in self.pursuit) and len(set(self.pursuit)) == len(self.pursuit),
             f"evaluation.pursuit={self.pursuit} must be positive numbers of features, each once, or []",
+        )
+        for name in ("topk", "topk_all"):
+            values = getattr(self, name)
+            require(
+                all(k > 0 for k in values) and len(set(values)) == len(values),
+                f"evaluation.{name}={values} must be positive numbers of components, each once, or []",
+            )
+        require(
+            all(0 <= each < 1 for each in self.thresholds) and len(set(self.thresholds)) == len(self.thresholds),
+            f"evaluation.thresholds={self.thresholds} must be importances from 0 up to 1, each once, or []",
         )
         require(0 < self.confidence < 1, f"evaluation.confidence={self.confidence} must lie between 0 and 1")

@@ -63,12 +63,23 @@ class LiveRun(Protocol):
         ...
 
 
-class Decomposition(nn.Module, ABC):
+class Replacement(nn.Module, ABC):
+    """What can take the place of part of a target, and be measured there: a `Decomposition` of activations, or gated
+    components of its weights (`spd.gated.GatedParameters`)."""
+
     reads: tuple[Site, ...]  # in model order
     writes: tuple[Site, ...]  # in model order
     read_layout: Layout  # columns of x
     write_layout: Layout  # columns of y
     costs: tuple[GroupCost, ...]  # one a group
+
+    @abstractmethod
+    def live_obstacle(self) -> str | None:
+        """Why it cannot be evaluated live (a clause for a sentence), or None if it can."""
+
+
+class Decomposition(Replacement):
+    """Of activations: what is written is a function of what is read."""
 
     @property
     def needs_sequences(self) -> bool:
@@ -80,10 +91,6 @@ class Decomposition(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: RowsOrSequences) -> tuple[Float[Tensor, "token d_writes"], Active]:
         """Reconstruction and what was active. In eval mode each token is treated on its own, or each sequence."""
-
-    @abstractmethod
-    def live_obstacle(self) -> str | None:
-        """Why the decomposition cannot be evaluated live (a clause for a sentence), or None if it can."""
 
     @abstractmethod
     def live_run(self) -> LiveRun:

@@ -9,12 +9,13 @@ model.safetensors   groups.<g>.{encoder.W_enc, encoder.b_enc, W_dec[, W_skip]}, 
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from nndecomp.checkpoint import write_directory
 from nndecomp.decompositions.spec import DictionarySpec
@@ -42,17 +43,7 @@ class Pretrained(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the directory; it appears, or replaces the one before, as a whole."""
-        directory = Path(directory)
-        config = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.spec.to_json()}
-        weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
-
-        def fill(partial: Path) -> None:
-            save_file(weights, partial / _WEIGHTS, metadata={"format": "pt"})
-            (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-        if directory.exists():
-            _check_ours(directory)
-        write_directory(directory, fill)
+        write_pretrained(Path(directory), FORMAT, FORMAT_VERSION, self.spec.to_json(), self.state_dict())
 
     @classmethod
     def from_pretrained(
@@ -63,20 +54,11 @@ class Pretrained(nn.Module):
         Raises SettingError if the source is not a dictionary of this format and version, or its weights do not fit
         its configuration.
         """
-        directory = _local(source, revision)
-        module = cls(DictionarySpec.from_json(_config_of(directory)))
-        weights = load_file(directory / _WEIGHTS)
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        wrong = [
-            f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing of that name')}"
-            for name in sorted(found.keys() | expected.keys())
-            if found.get(name) != expected.get(name)
-        ]
-        if wrong:
-            raise SettingError(f"weights in {source} do not fit their config.json: {'; '.join(wrong)}")
-        # Cloned, so that they lie in memory as fresh ones do: where they do not, some products are summed in another order.
-        module.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+        directory = source_directory(source, revision)
+        module = cls(DictionarySpec.from_json(config_of(directory, FORMAT, FORMAT_VERSION)))
+        weights = read_weights(directory)
+        check_fit(source, weights, module.state_dict())
+        module.load_state_dict(weights, assign=True)
         return module.to(device).eval()
 
     def push_to_hub(self, repo_id: str, private: bool = False, message: str = "Upload dictionary") -> str:
@@ -91,7 +73,7 @@ class Pretrained(nn.Module):
         return str(commit.commit_url)
 
 
-def _local(source: str | Path, revision: str | None) -> Path:
+def source_directory(source: str | Path, revision: str | None) -> Path:
     directory = Path(source).expanduser()
     if directory.is_dir():
         return directory
@@ -110,19 +92,53 @@ def _local(source: str | Path, revision: str | None) -> Path:
         ) from refused
 
 
-def _config_of(directory: Path) -> dict[str, Any]:
+def config_of(directory: Path, format: str, version: int) -> dict[str, Any]:
     for name in (_CONFIG, _WEIGHTS):
         if not (directory / name).is_file():
             raise SettingError(f"{directory} holds no {name}: it is not a saved dictionary")
     config = json.loads((directory / _CONFIG).read_text())
-    if config.get("format") != FORMAT:
-        raise SettingError(f"{directory}/{_CONFIG} has format {config.get('format')!r}, expected {FORMAT!r}")
-    if config["format_version"] != FORMAT_VERSION:
+    if config.get("format") != format:
+        raise SettingError(f"{directory}/{_CONFIG} has format {config.get('format')!r}, expected {format!r}")
+    if config["format_version"] != version:
         raise SettingError(
             f"{directory}/{_CONFIG} has format_version {config['format_version']}, "
-            f"but this version of nndecomp reads {FORMAT_VERSION}"
+            f"but this version of nndecomp reads {version}"
         )
     return config
+
+
+def write_pretrained(
+    directory: Path, format: str, version: int, config: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> None:
+    """Both files; the directory appears, or replaces the one before, as a whole."""
+    whole = {"format": format, "format_version": version, **config}
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
+
+    def fill(partial: Path) -> None:
+        save_file(plain, partial / _WEIGHTS, metadata={"format": "pt"})
+        (partial / _CONFIG).write_text(json.dumps(whole, indent=2) + "\n")
+
+    if directory.exists():
+        _check_ours(directory)
+    write_directory(directory, fill)
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Cloned, so that they lie in memory as fresh ones do: where they do not, some products are summed in another order."""
+    return {name: tensor.clone() for name, tensor in load_file(directory / _WEIGHTS).items()}
+
+
+def check_fit(source: str | Path, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """SettingError unless names and shapes are those of the module that config.json describes."""
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [
+        f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing of that name')}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if wrong:
+        raise SettingError(f"weights in {source} do not fit their config.json: {'; '.join(wrong)}")
 
 
 def _check_ours(directory: Path) -> None:

@@ -4,14 +4,18 @@ import math
 from collections.abc import Sequence
 
 from nndecomp.config.schema import Activation, RunConfig
-from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.base import Replacement
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.neurons import NeuronBaseline
+from nndecomp.decompositions.spd.gated import GatedParameters
+from nndecomp.decompositions.spd.gates import GateKind
 from nndecomp.evaluation.rows import Context
 from nndecomp.targets.base import Target
 
+SPD = "spd"  # what rows call the architecture of parameter decompositions
 
-def context(cfg: RunConfig, target: Target, parts: Sequence[Decomposition], run: str, name: str, seed: int) -> Context:
+
+def context(cfg: RunConfig, target: Target, parts: Sequence[Replacement], run: str, name: str, seed: int) -> Context:
     """Of a replacement, named `name` in its run, trained with `seed`."""
     match parts[0]:
         case SparseDictionary(spec=spec):
@@ -19,6 +23,10 @@ def context(cfg: RunConfig, target: Target, parts: Sequence[Decomposition], run:
             n_features = spec.groups[0].n_features
         case NeuronBaseline(k=k):
             architecture, activation = parts[0].family, Activation.topk.value
+            n_features = parts[0].costs[0].n_components
+        case GatedParameters(gate=gate):
+            architecture, activation = SPD, gate.kind.value
+            k = (gate.value,) if gate.kind in (GateKind.topk, GateKind.topk_all) and gate.value is not None else ()
             n_features = parts[0].costs[0].n_components
         case other:
             raise AssertionError(f"rows cannot name a {type(other).__name__}")

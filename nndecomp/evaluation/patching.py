@@ -9,7 +9,9 @@ decomposition was asked to explain. Predictions are scored wherever the next tok
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -182,10 +184,14 @@ class Predictions:
         }
 
 
+Yielded = TypeVar("Yielded")
+
+
 def predictions(
-    target: Target, batch: Batch, clean: CleanRun, replacements: Mapping[Site, Replace], into: Predictions
-) -> None:
-    """One patched forward pass, its predictions added to `into`."""
-    with target.patch(replacements):
+    target: Target, batch: Batch, clean: CleanRun, replaced: AbstractContextManager[Yielded], into: Predictions
+) -> Yielded:
+    """One forward pass within `replaced`, its predictions added to `into`; returns what `replaced` yields."""
+    with replaced as yielded:
         logits = target.predicting(into.model).logits(batch.tokens)
     into.add(batch, clean, (each.float().log_softmax(-1) for each in logits))
+    return yielded

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Measurement:
     """One measured number.
 
-    inputs   clean | live | none: what the replacements were computed from (none: there were no replacements)
+    inputs   clean | clean_gates | live | none: what the replacements were computed from (none: there were no replacements)
     patched  all | single | prefixes | none: which written sites were replaced in the run that was measured
     site     the sites or the group the number is about: "L2.mlp_out", "L0.mlp_out-L2.mlp_out", "L3", or all
     low high ends of the interval over sequences; nan where there is none

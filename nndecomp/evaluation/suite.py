@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nndecomp.config.schema import EvaluationConfig, Inputs, Patched
-from nndecomp.decompositions.base import Decomposition, GroupCost
-from nndecomp.decompositions.replacing import live, pasted
+from nndecomp.decompositions.base import Decomposition, GroupCost, Replacement
+from nndecomp.decompositions.replacing import pasted
+from nndecomp.evaluation.answers import answers
 from nndecomp.evaluation.bootstrap import Ratio, estimate, resamples
 from nndecomp.evaluation.costs import axes
 from nndecomp.evaluation.patching import (
@@ -38,12 +39,13 @@ from nndecomp.tokens.batch import TokenBatch
 from nndecomp.types import Site
 
 
-class _Replacement:
+class _Measured:
     """One set of decompositions under measurement: its running sums."""
 
     def __init__(
         self,
-        decompositions: Sequence[Decomposition],
+        target: Target,
+        decompositions: Sequence[Replacement],
         n_seqs: int,
         means: Mapping[Site, Float[Tensor, " width"]],
         cfg: EvaluationConfig,
@@ -55,11 +57,12 @@ class _Replacement:
         _check(self.decompositions, self.writes, means)
         self.sets = patch_sets(self.writes, cfg.patched)
         models = by_model(self.writes)
-        obstacles = [reason for each in decompositions if (reason := each.live_obstacle()) is not None]
-        if (reason := several_models((*self.reads, *self.writes))) is not None:
-            obstacles.insert(0, reason)
-        self.obstacle = obstacles[0] if obstacles and Inputs.live in cfg.inputs else None
-        self.inputs = [i for i in cfg.inputs if i is not Inputs.live or not obstacles]
+        self.answers = answers(target, self.decompositions)
+        asked = [i for i in cfg.inputs if self.answers.offers(i)]
+        apart = several_models((*self.reads, *self.writes))
+        obstacles = {i: apart if i is Inputs.live and apart is not None else self.answers.obstacle(i) for i in asked}
+        self.obstacle = obstacles.get(Inputs.live)
+        self.inputs = [i for i in asked if obstacles[i] is None]
         # Live reconstruction is measured with everything replaced, where errors compound most.
         self.site_sets = list(dict.fromkeys([*(each.sites for each in self.sets), *models]))
         self.predicted = {
@@ -69,37 +72,34 @@ class _Replacement:
         self.activity = {i: Activity(n_seqs, self.costs) for i in self.inputs}
 
     def add(self, target: Target, batch: Batch, clean: CleanRun) -> None:
-        if Inputs.clean in self.inputs:
-            self._add_clean(target, batch, clean)
-        if Inputs.live in self.inputs:
-            self._add_live(target, batch, clean)
+        for inputs in self.inputs:
+            if inputs is Inputs.clean:
+                self._add_clean(target, batch, clean)
+            else:
+                self._add_inside(inputs, target, batch, clean)
 
     def _add_clean(self, target: Target, batch: Batch, clean: CleanRun) -> None:
-        rows, actives = {}, []
-        for each in self.decompositions:
-            y_hat, active = each(clean.read_by(each))
-            rows |= {site: y_hat[:, span] for site, span in each.write_layout.spans.items()}
-            actives.append(active)
+        rows, actives = self.answers.clean(batch, clean)
         for site in self.writes:
             self.errors[Inputs.clean][site].add(batch, clean.rows[site], rows[site])
         self.activity[Inputs.clean].add(batch, actives)
         for sites in self.site_sets:
-            replacements = pasted(batch, {site: rows[site] for site in sites})
-            predictions(target, batch, clean, replacements, self.predicted[Inputs.clean, sites])
+            replaced = target.patch(pasted(batch, {site: rows[site] for site in sites}))
+            predictions(target, batch, clean, replaced, self.predicted[Inputs.clean, sites])
 
-    def _add_live(self, target: Target, batch: Batch, clean: CleanRun) -> None:
+    def _add_inside(self, inputs: Inputs, target: Target, batch: Batch, clean: CleanRun) -> None:
         def witness(site: Site, arrived: Tensor, rows: Tensor) -> None:
-            self.errors[Inputs.live][site].add(batch, arrived, rows)
+            self.errors[inputs][site].add(batch, arrived, rows)
 
         for sites in self.site_sets:
             whole = sites == self.writes
-            replacements, runs = live(batch, self.decompositions, sites, witness if whole else None)
-            predictions(target, batch, clean, replacements, self.predicted[Inputs.live, sites])
+            replaced = self.answers.inside(inputs, batch, sites, witness if whole else None)
+            actives = predictions(target, batch, clean, replaced, self.predicted[inputs, sites])
             if whole:
-                self.activity[Inputs.live].add(batch, [run.active() for run in runs])
+                self.activity[inputs].add(batch, actives())
 
 
-def _costs(decompositions: Sequence[Decomposition]) -> tuple[GroupCost, ...]:
+def _costs(decompositions: Sequence[Replacement]) -> tuple[GroupCost, ...]:
     """Groups of all decompositions side by side. A name that occurs twice says which decomposition it belongs to."""
     times = Counter(cost.name for each in decompositions for cost in each.costs)
     return tuple(
@@ -112,7 +112,7 @@ def _costs(decompositions: Sequence[Decomposition]) -> tuple[GroupCost, ...]:
 
 
 def _check(
-    decompositions: Sequence[Decomposition], writes: Sequence[Site], means: Mapping[Site, Float[Tensor, " width"]]
+    decompositions: Sequence[Replacement], writes: Sequence[Site], means: Mapping[Site, Float[Tensor, " width"]]
 ) -> None:
     assert decompositions, "nothing to evaluate: there are no decompositions"
     for a, b in combinations(writes, 2):
@@ -144,7 +144,7 @@ def _batches(
 @torch.no_grad()
 def evaluate_all(
     target: Target,
-    replacements: Mapping[str, Sequence[Decomposition]],
+    replacements: Mapping[str, Sequence[Replacement]],
     heldout: TokenBatch,
     keep: Bool[Tensor, "batch pos"],
     means: Mapping[Site, Float[Tensor, " width"]],
@@ -157,9 +157,10 @@ def evaluate_all(
     mean-ablation puts there. `seed` draws the bootstrap.
     """
     n_seqs = len(heldout.tokens)
-    measured = {name: _Replacement(each, n_seqs, means, cfg) for name, each in replacements.items()}
+    measured = {name: _Measured(target, each, n_seqs, means, cfg) for name, each in replacements.items()}
     needed = sorted({site for m in measured.values() for site in (*m.reads, *m.writes)})
-    attending = [each for m in measured.values() for each in m.decompositions if each.needs_sequences]
+    parts = [each for m in measured.values() for each in m.decompositions if isinstance(each, Decomposition)]
+    attending = [each for each in parts if each.needs_sequences]
     whole = sorted({site for each in attending for site in each.reads})
     site_sets = dict.fromkeys(sites for m in measured.values() for sites in m.site_sets)
     unpatched = {model: Predictions(n_seqs, model) for model in target.shape.models}
@@ -170,7 +171,7 @@ def evaluate_all(
             into.add(batch, clean, clean.log_p[model])
         for (kind, sites), into in ablated.items():
             values = {site: means[site] if kind == "mean" else None for site in sites}
-            predictions(target, batch, clean, ablation(batch, values), into)
+            predictions(target, batch, clean, target.patch(ablation(batch, values)), into)
         for m in measured.values():
             m.add(target, batch, clean)
     drawn = resamples(n_seqs, cfg.bootstrap, seed)
@@ -186,7 +187,7 @@ def evaluate_all(
 
 def evaluate(
     target: Target,
-    decompositions: Sequence[Decomposition],
+    decompositions: Sequence[Replacement],
     heldout: TokenBatch,
     keep: Bool[Tensor, "batch pos"],
     means: Mapping[Site, Float[Tensor, " width"]],
@@ -198,7 +199,7 @@ def evaluate(
 
 
 def _prediction_rows(
-    m: _Replacement,
+    m: _Measured,
     unpatched: Mapping[str | None, Predictions],
     ablated: Mapping[tuple[str, tuple[Site, ...]], Predictions],
     drawn: Float[Tensor, "resample seq"],
@@ -236,13 +237,13 @@ def _prediction_rows(
 
 
 def _reconstruction_rows(
-    m: _Replacement, n_tokens: int, drawn: Float[Tensor, "resample seq"], confidence: float
+    m: _Measured, n_tokens: int, drawn: Float[Tensor, "resample seq"], confidence: float
 ) -> Iterator[Measurement]:
     units = {"mse": "squared activation", "variance": "squared activation", "fvu": "share", "cosine": "cosine"}
     for inputs in m.inputs:
         activity, means = m.activity[inputs], site_means(m.errors[inputs])
         # Live sums come from the run with everything replaced, clean sums from the undisturbed run.
-        patched = Patched.all.value if inputs is Inputs.live else "none"
+        patched = "none" if inputs is Inputs.clean else Patched.all.value
         row = partial(Measurement, patched=patched, inputs=inputs.value, n_tokens=n_tokens)
         for (metric, site), mean in means.items():
             e = estimate(mean, drawn, confidence)

@@ -165,6 +165,11 @@ class Target(ABC):
         """Logits from what the LM head reads, a few rows at a time where all would not fit."""
         raise SettingError(f"spd needs the LM head, and {self.name} does not show it; write target.kind=huggingface")
 
+    def place_of_map(self, name: str) -> tuple[Site | None, Site]:
+        """Of the part of the model that a linear map, named by the path of its module, belongs to: the site that the part
+        reads (null: tokens) and the one it writes. SettingError for a map that is no part of an MLP, attention or embedding."""
+        raise SettingError(f"spd.maps names linear maps of a model, and {self.name} shows none")
+
     def module(self) -> nn.Module:
         """The model whose linear maps can be decomposed. SettingError where there is none."""
         raise SettingError(f"spd.maps names linear maps of a model, and {self.name} shows none")

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nndecomp.errors import SettingError
 from nndecomp.targets.base import Neurons, Replace, Target, TargetShape
 from nndecomp.targets.hooks import Side, Tap, record, visiting
 from nndecomp.types import Point, Site
@@ -87,6 +88,23 @@ class ModuleTarget(Target):
         tokens = self._checked(tokens)
         recorded = record(lambda: self._residual(tokens), {site: self._tap(site) for site in sites})
         return {site: recorded[site] for site in sites}
+
+    def place_of_map(self, name: str) -> tuple[Site | None, Site]:
+        wiring = self.wiring
+        if name == wiring.embed:
+            return None, Site(0, Point.embed)
+        layer, _, path = name.removeprefix(f"{wiring.blocks}.").partition(".")
+        part = path.partition(".")[0]
+        inside = name.startswith(f"{wiring.blocks}.")
+        for tail, read, write in (
+            (wiring.mlp_tail[0], Point.mlp_in, Point.mlp_out),
+            (wiring.points[Point.z][0] if Point.z in wiring.points else "", Point.attn_in, Point.attn_out),
+        ):
+            if inside and part and part == tail.partition(".")[0]:
+                return Site(int(layer), read), Site(int(layer), write)
+        raise SettingError(
+            f"spd.maps: {name} is no part of an MLP, of attention or of the token embedding of {self.name}"
+        )
 
     def module(self) -> nn.Module:
         return self.model

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nndecomp.activations.harvest import Tokens
 from nndecomp.config.schema import TrainingConfig
 from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP
-from nndecomp.tokens import TokenBatch, TokenStream
+from nndecomp.tokens import TokenBatch
 
 
 def next_token_loss(
@@ -54,7 +55,7 @@ class NextToken(nn.Module):
 class TokenBatches:
     """A token stream as the loop wants it: batches of one size, on the device that trains."""
 
-    def __init__(self, stream: TokenStream, batch_seqs: int, device: torch.device) -> None:
+    def __init__(self, stream: Tokens, batch_seqs: int, device: torch.device) -> None:
         self.stream, self.batch_seqs, self.device = stream, batch_seqs, device
 
     def next_batch(self) -> TokenBatch:

@@ -1,8 +1,8 @@
-"""exp_004: train any preset of conf/decomposition on any target, alone or several side by side on one stream.
+"""exp_027: train any preset of conf/decomposition on any target, alone or several side by side on one stream.
 
-python experiments/exp_004_train_presets/run.py decomposition=gated
-python experiments/exp_004_train_presets/run.py +trainers=dictionary_learning
-python experiments/exp_004_train_presets/run.py +scale=tiny decomposition=gated   # the model that ships: a minute on a CPU
+python experiments/exp_027_train_presets/run.py decomposition=gated
+python experiments/exp_027_train_presets/run.py +trainers=dictionary_learning
+python experiments/exp_027_train_presets/run.py +scale=tiny decomposition=gated   # the model that ships: a minute on a CPU
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from nndecomp.config.schema import RunConfig
 from nndecomp.run import experiment
 
 
-@experiment("exp_004_train_presets", trains=True)
+@experiment("exp_027_train_presets", trains=True)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
     from nndecomp.report import presets, style

@@ -1,0 +1,25 @@
+"""exp_023: how few rank-one components of their weights do the MLPs of a 4-layer model of the Pile need on a token?
+
+python experiments/exp_023_train_spd_pile/run.py
+python experiments/exp_023_train_spd_pile/run.py +scale=tiny   # the model that ships: minutes on a CPU
+"""
+
+from pathlib import Path
+
+from nndecomp.config.schema import RunConfig
+from nndecomp.run import experiment
+
+
+@experiment("exp_023_train_spd_pile")
+def main(cfg: RunConfig, out: Path) -> dict[str, float]:
+    from nndecomp import build  # late: loads torch, which --help does without
+
+    target = build.target(cfg)
+    decomposition = build.trained_parameters(cfg, target, out)
+    gated = build.gated(cfg.evaluation, target, {"spd": decomposition})
+    rows = build.measured(cfg, target, {name: [each] for name, each in gated.items()}, out.name)
+    return build.reported(rows, out)
+
+
+if __name__ == "__main__":
+    main()
