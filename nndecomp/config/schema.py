@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 
 from nndecomp.config.activations import ActivationsConfig, ActivationsKind, Normalisation
+from nndecomp.config.canonical import CanonicalConfig
 from nndecomp.config.checks import DType, require
 from nndecomp.config.compare import CompareConfig
 from nndecomp.config.decomposition import DecompositionConfig
@@ -55,6 +56,7 @@ __all__ = [
     "ActivationsKind",
     "Architecture",
     "AttentionStart",
+    "CanonicalConfig",
     "CodeNormalisation",
     "CompareConfig",
     "Correlation",
@@ -144,6 +146,7 @@ class RunConfig:
     # differ, e.g. [topk, aux_k=128]. All have n_features and, where they select, k of `decomposition`.
     presets: dict[str, list[str]] = field(default_factory=dict)
     ground_truth: GroundTruthConfig | None = None
+    canonical: CanonicalConfig | None = None  # exp_024: how units of decompositions are compared
     spd: SPDConfig | None = None  # a parameter decomposition to train
     faithfulness: FaithfulnessConfig | None = None
     tail: TailConfig | None = None

@@ -169,7 +169,7 @@ def _of_dictionary(dictionary: SparseDictionary) -> list[Units]:
         reads = _by_site(bank.W_enc, dictionary.read_layout, spec.reads, bank.reads.start)
         writes = _by_site(bank.W_dec, dictionary.write_layout, spec.writes, bank.writes.start)
         first = min(site.layer for site in spec.reads)
-        described.append(Units(spec.name, "", first, reads, writes, True, _nothing(bank.n_features)))
+        described.append(Units(spec.name, "", first, reads, writes, True, nothing(bank.n_features)))
     return described
 
 
@@ -179,7 +179,7 @@ def _of_neurons(target: Target, neurons: NeuronBaseline) -> list[Units]:
         read = Site(layer, Point.mlp_in)
         own = target.neurons_of(read)
         reads, writes = {str(read): own.read.float().cpu()}, {str(site): own.write.float().cpu()}
-        described.append(Units(f"L{layer}", "", layer, reads, writes, True, _nothing(len(own.read))))
+        described.append(Units(f"L{layer}", "", layer, reads, writes, True, nothing(len(own.read))))
     return described
 
 
@@ -190,6 +190,6 @@ def _by_site(rows: Float[Tensor, "unit _"], layout: Layout, sites: Sequence[Site
     return {name: whole[:, span.start - start : span.stop - start] for name, span in spans.items()}
 
 
-def _nothing(n_units: int) -> Activity:
+def nothing(n_units: int) -> Activity:
     none = torch.zeros(0, dtype=torch.int64)
     return Activity(none, none, torch.zeros(0), 0, n_units)
