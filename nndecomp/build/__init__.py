@@ -4,6 +4,15 @@ settings -> target -> tokens -> stream of rows -> objectives -> trained dictiona
 """
 
 from nndecomp.build.baselines import baselines
+from nndecomp.build.canonical import (
+    canonical_settings,
+    compared_units,
+    instances,
+    method_architectures,
+    neurons,
+    starts,
+    units,
+)
 from nndecomp.build.comparing import Compared, activity, compared, reported_activity, reported_difference
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
 from nndecomp.build.faithful import check_faithful, faithful, reported_faithfulness
@@ -39,11 +48,13 @@ __all__ = [
     "Pair",
     "activity",
     "baselines",
+    "canonical_settings",
     "check",
     "check_faithful",
     "check_length",
     "check_runs",
     "compared",
+    "compared_units",
     "decomposed_sites",
     "decomposed_toy",
     "decompositions",
@@ -53,9 +64,12 @@ __all__ = [
     "found_again_rows",
     "harvester",
     "heldout",
+    "instances",
     "looking",
     "measured",
     "members",
+    "method_architectures",
+    "neurons",
     "of_architecture",
     "pursuits",
     "recovered",
@@ -68,6 +82,7 @@ __all__ = [
     "scales",
     "scores",
     "source",
+    "starts",
     "store",
     "stream",
     "synthetic",
@@ -78,6 +93,7 @@ __all__ = [
     "trained_toy",
     "training_flops",
     "truth",
+    "units",
     "untrained",
     "gated",
     "gates",

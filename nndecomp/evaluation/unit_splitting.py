@@ -58,46 +58,57 @@ def cover(parents: Activity, children: Activity) -> Cover:
     assert parents.n_tokens == children.n_tokens, (
         f"activity on {parents.n_tokens} and on {children.n_tokens} tokens cannot be compared"
     )
-    by_token, by_child = children.amounts, children.amounts.tocsc()
-    own = parents.amounts.tocsc()
-    firings = children.firings.numpy()
-    found = [
-        _cover(own.indices[own.indptr[i] : own.indptr[i + 1]], by_token, by_child, firings)
-        for i in range(parents.n_units)
-    ]
+    candidates, own = _Candidates(children), parents.amounts.tocsc()
+    found = [_cover(own.indices[own.indptr[i] : own.indptr[i + 1]], candidates) for i in range(parents.n_units)]
     n, recall, precision = torch.tensor(found, dtype=torch.float64).reshape(-1, 3).T
     return Cover(n.long(), recall, precision)
 
 
-def _cover(tokens, by_token, by_child, firings: numpy.ndarray) -> tuple[int, float, float]:
+class _Candidates:
+    """Units by token and tokens by unit, as compressed rows and columns."""
+
+    def __init__(self, activity: Activity) -> None:
+        rows, columns = activity.amounts, activity.amounts.tocsc()
+        self.n_tokens, self.n_units = activity.n_tokens, activity.n_units
+        self.firings = activity.firings.numpy()
+        self._units, self._starts, self._lengths = rows.indices, rows.indptr[:-1], numpy.diff(rows.indptr)
+        self._tokens, self._columns = columns.indices, columns.indptr
+
+    def tokens_of(self, unit: int) -> numpy.ndarray:
+        return self._tokens[self._columns[unit] : self._columns[unit + 1]]
+
+    def active_on(self, tokens: numpy.ndarray) -> numpy.ndarray:
+        """Of each unit: on how many of these tokens it is active."""
+        lengths = self._lengths[tokens]
+        ends = lengths.cumsum()
+        slots = numpy.repeat(self._starts[tokens] - ends + lengths, lengths) + numpy.arange(
+            ends[-1] if len(ends) else 0
+        )
+        return numpy.bincount(self._units[slots], minlength=self.n_units)
+
+
+def _cover(tokens: numpy.ndarray, candidates: _Candidates) -> tuple[int, float, float]:
     """Children, recall and precision of one parent that is active on `tokens`."""
-    n_tokens, n_children = by_token.shape
-
-    def count(at: numpy.ndarray) -> numpy.ndarray:
-        """Of each child: on how many of these tokens it is active."""
-        return numpy.bincount(by_token[at].indices, minlength=n_children)
-
-    is_parents = numpy.zeros(n_tokens, dtype=bool)
+    is_parents, is_covered = numpy.zeros((2, candidates.n_tokens), dtype=bool)
     is_parents[tokens] = True
-    is_covered = numpy.zeros(n_tokens, dtype=bool)
     # What each child would add to the union: tokens of the parent, and others.
-    right = count(tokens)
-    wrong = firings - right
+    right = candidates.active_on(tokens)
+    wrong = candidates.firings - right
     n_right = n_wrong = n_chosen = 0
     f1 = 0.0
     while n_chosen < MAX_CHILDREN and len(tokens):
-        gained = 2 * (n_right + right) / (len(tokens) + n_right + n_wrong + right + wrong)
-        best = int(gained.argmax())
-        if gained[best] <= f1 + F1_GAIN:
+        would_be = 2 * (n_right + right) / (len(tokens) + n_right + n_wrong + right + wrong)
+        best = int(would_be.argmax())
+        if would_be[best] <= f1 + F1_GAIN:
             break
-        f1, n_chosen = float(gained[best]), n_chosen + 1
-        added = by_child.indices[by_child.indptr[best] : by_child.indptr[best + 1]]
+        f1, n_chosen = float(would_be[best]), n_chosen + 1
+        added = candidates.tokens_of(best)
         added = added[~is_covered[added]]
         is_covered[added] = True
         inside, outside = added[is_parents[added]], added[~is_parents[added]]
         n_right, n_wrong = n_right + len(inside), n_wrong + len(outside)
-        right = right - count(inside)
-        wrong = wrong - count(outside)
+        right = right - candidates.active_on(inside)
+        wrong = wrong - candidates.active_on(outside)
     return n_chosen, n_right / max(1, len(tokens)), n_right / max(1, n_right + n_wrong)
 
 
@@ -107,6 +118,10 @@ class Absorbed:
 
     fraction: Float[Tensor, " unit"]
     full: Float[Tensor, " unit"]
+
+    @staticmethod
+    def joined(parts: "list[Absorbed]") -> "Absorbed":
+        return Absorbed(torch.cat([each.fraction for each in parts]), torch.cat([each.full for each in parts]))
 
 
 def absorption_across(small: Units, large: Units, cutoff: float) -> Absorbed:
