@@ -19,6 +19,13 @@ NARROW = ["decomposition.k=8"]
 QUICK = {
     "exp_015_crosscoder_model_diff": ["~compare.variants.batchtopk"],
     "exp_016_dedicated_feature_crosscoder": ["~compare.variants.all_none", "~compare.variants.all_sae"],
+    "exp_024_canonical_units": [
+        "~compare.variants.sae",
+        "compare.seeds=[0,1]",
+        "canonical.times=[1,2]",
+        "canonical.n_null=1000",
+        "canonical.min_tokens=20",
+    ],
     "exp_019_ground_truth": [
         "ground_truth.worlds=[two_models,chain]",
         "ground_truth.seeds=[0]",

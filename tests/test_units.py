@@ -13,7 +13,7 @@ from nndecomp.config.schema import Architecture
 from nndecomp.decompositions.architectures import build_dictionary
 from nndecomp.evaluation.unit_graph import connected, graph
 from nndecomp.evaluation.unit_matching import Compared, by_activity, by_weights
-from nndecomp.evaluation.unit_similarity import activity_similarity, rotation, turned, weight_similarity
+from nndecomp.evaluation.unit_similarity import Spectrum, Turning, activity_similarity, weight_similarity
 from nndecomp.evaluation.unit_splitting import absorption_across, cover
 from nndecomp.evaluation.units import Activity, Units, units_of
 
@@ -145,7 +145,7 @@ def test_turned_directions_keep_their_angles_and_what_is_common_in_the_model():
     units = drawn(200, 0)
     stretch = torch.logspace(0, 2, D)
     units = Units("", "", 0, {}, {"s": units.writes["L0.mlp_out"] * stretch}, True, units.activity)
-    other = turned(units, torch.Generator().manual_seed(0))
+    other = Turning(units).drawn(torch.Generator().manual_seed(0))
     before, after = (torch.nn.functional.normalize(each.writes["s"].double(), dim=1) for each in (units, other))
     torch.testing.assert_close(after @ after.T, before @ before.T, atol=1e-5, rtol=0)
     moments = [each.T @ each / len(each) for each in (before, after)]
@@ -153,7 +153,7 @@ def test_turned_directions_keep_their_angles_and_what_is_common_in_the_model():
 
 
 def test_directions_that_have_no_preferred_axes_are_turned_into_any_others():
-    turn = rotation([torch.eye(D)], torch.Generator().manual_seed(0))
+    turn = Spectrum.of([torch.eye(D)]).rotation(torch.Generator().manual_seed(0))
     torch.testing.assert_close(turn @ turn.T, torch.eye(D, dtype=torch.float64))
     assert turn.abs().max() < 0.95, "a change of signs would leave each direction in its place"
 

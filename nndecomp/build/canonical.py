@@ -49,7 +49,7 @@ def starts(cfg: RunConfig, target: Target, instances: Mapping[Instance, Member])
     second = sorted({each.seed for each in instances})[1]
     members = {each.name: member for each, member in instances.items() if each.seed == second}
     made = untrained(cfg, target, members)
-    return {each: made[each.name] for each in instances if each.name in made}
+    return {replace(each, trained=False): made[each.name] for each in instances if each.name in made}
 
 
 def neurons(cfg: RunConfig, target: Target) -> dict[Instance, NeuronBaseline]:
@@ -82,16 +82,20 @@ def units(
     return found
 
 
-def pairs(trained: Sequence[Instance], starts: Sequence[Instance], reference: int) -> list[Pair]:
+def pairs(instances: Sequence[Instance], reference: int) -> list[Pair]:
     """What is compared with what. Methods meet at the size `reference`, or at the only one they have."""
     by_method: dict[str, dict[int, list[Instance]]] = {}
-    for each in trained:
-        by_method.setdefault(each.method, {}).setdefault(each.times, []).append(each)
+    for each in instances:
+        if each.trained:
+            by_method.setdefault(each.method, {}).setdefault(each.times, []).append(each)
+    starts = [each for each in instances if not each.trained]
     found = []
     for sizes in by_method.values():
         for of_size in sizes.values():
             found += [Pair(Kind.seed, a, b) for a, b in combinations(of_size, 2)]
-            found += [Pair(Kind.untrained, of_size[0], b) for b in of_size[1:2] if b in starts]
+            first = of_size[0]
+            of_both = [each for each in starts if (each.method, each.times) == (first.method, first.times)]
+            found += [Pair(Kind.untrained, first, each) for each in of_both]
         for small, large in combinations(sizes.values(), 2):
             found += [Pair(Kind.size, a, b) for a, b in zip(small, large[1:] + large[:1], strict=True)]
     at_reference = [sizes.get(reference, next(iter(sizes.values()))) for sizes in by_method.values()]
@@ -102,16 +106,14 @@ def pairs(trained: Sequence[Instance], starts: Sequence[Instance], reference: in
     return found
 
 
-def compared_units(
-    cfg: RunConfig, trained: Mapping[Instance, list[Units]], starts: Mapping[Instance, list[Units]]
-) -> list[Comparison]:
+def compared_units(cfg: RunConfig, units: Mapping[Instance, list[Units]]) -> list[Comparison]:
     """Every pair, with chance of its own. The text is shifted by a sequence or more."""
     settings = canonical_settings(cfg)
-    asked = pairs(list(trained), list(starts), settings.times[len(settings.times) // 2])
+    asked = pairs(list(units), settings.times[len(settings.times) // 2])
     found = []
     with Progress("units compared", len(asked), 0, unit="pairs") as progress:
         for i, pair in enumerate(asked):
-            second = (starts if pair.kind is Kind.untrained else trained)[pair.second]
-            found.append(compare(pair, trained[pair.first], second, settings, cfg.seed + i, cfg.tokens.seq_len))
+            own, other = units[pair.first], units[pair.second]
+            found.append(compare(pair, own, other, settings, cfg.seed + i, cfg.tokens.seq_len))
             progress.advance(1)
     return found

@@ -31,6 +31,7 @@ class Instance:
     method: str
     times: int  # its size, as a multiple of the method's own
     seed: int
+    trained: bool = True
 
     @property
     def name(self) -> str:

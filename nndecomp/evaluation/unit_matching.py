@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nndecomp.evaluation.matching import match
-from nndecomp.evaluation.unit_similarity import activity_similarity, turned, weight_similarity
+from nndecomp.evaluation.unit_similarity import Turning, activity_similarity, weight_similarity
 from nndecomp.evaluation.units import Units
 
 # p cannot be smaller than 1 / (1 + draws): so many draws at least are in every stratum.
@@ -101,10 +101,10 @@ def by_weights(a: Sequence[Units], b: Sequence[Units], n_null: int, seed: int) -
     if not pairs:
         return None
     assert len(pairs) == len(found), "groups of some layers have spaces in common, and of others none"
-    draw = torch.Generator().manual_seed(seed)
+    draw, turning = torch.Generator().manual_seed(seed), [Turning(own) for own, _ in groups]
 
     def chance() -> Similarities:
-        drawn = [weight_similarity(turned(own, draw), other) for own, other in groups]
+        drawn = [weight_similarity(own.drawn(draw), other) for own, (_, other) in zip(turning, groups, strict=True)]
         return [each for each in drawn if each is not None]
 
     return _compared(groups, pairs, chance, n_null)

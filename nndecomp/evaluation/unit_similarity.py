@@ -12,6 +12,7 @@ Chance has the same numbers without what they have in common:
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -43,32 +44,55 @@ def _beside(directions: Directions, spaces: Sequence[str]) -> Float[Tensor, "uni
     return torch.cat([directions[space] for space in spaces], 1)
 
 
-def turned(units: Units, draw: torch.Generator) -> Units:
-    """The same units with directions that are chance: in every space, all are turned by the same random rotation."""
-    turn = {
-        space: rotation([side[space] for side in (units.reads, units.writes) if space in side], draw)
-        for space in {*units.reads, *units.writes}
-    }
-    reads, writes = ({s: rows.double() @ turn[s] for s, rows in side.items()} for side in (units.reads, units.writes))
-    return Units(units.name, units.part, units.layer, reads, writes, units.signed, units.activity)
+class Turning:
+    """Units with directions that are chance: in every space, all are turned by the same random rotation."""
+
+    def __init__(self, units: Units) -> None:
+        self.units = units
+        sides = units.reads, units.writes
+        self._spectra = {
+            space: Spectrum.of([side[space] for side in sides if space in side])
+            for space in dict.fromkeys([*units.reads, *units.writes])
+        }
+
+    def drawn(self, draw: torch.Generator) -> Units:
+        turn = {space: spectrum.rotation(draw) for space, spectrum in self._spectra.items()}
+        reads, writes = (
+            {space: rows.double() @ turn[space] for space, rows in side.items()}
+            for side in (self.units.reads, self.units.writes)
+        )
+        return replace(self.units, reads=reads, writes=writes)
 
 
-def rotation(rows: Sequence[Float[Tensor, "_ d"]], draw: torch.Generator) -> Float[Tensor, "d d"]:
-    """A random orthogonal map that leaves the second moment of the unit rows as it is, as far as eigenvalues within a tenth
-    of each other are equal: random within their common eigenspaces, which of a single one leaves a random sign."""
-    unit = torch.nn.functional.normalize(torch.cat(list(rows)).double(), dim=1, eps=1e-30)
-    values, vectors = torch.linalg.eigh(unit.T @ unit / len(unit))
-    within = torch.zeros(len(values), len(values), dtype=torch.float64)
-    start = 0
-    while start < len(values):
-        # Eigenvalues increase. Those of what the rows do not reach are 0 up to rounding: turned among themselves.
-        near = values[start:] <= max(values[start].item() / BLOCK, 1e-9)
-        end = start + int(near.sum())
-        gaussian = torch.randn(end - start, end - start, generator=draw, dtype=torch.float64)
-        q, r = torch.linalg.qr(gaussian)
-        within[start:end, start:end] = q * r.diagonal().sign()  # uniform over rotations and reflections (Mezzadri 2007)
-        start = end
-    return vectors @ within @ vectors.T
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvectors of a second moment, and which of them, side by side, have eigenvalues that count as one."""
+
+    vectors: Float[Tensor, "d d"]
+    blocks: tuple[slice, ...]
+
+    @staticmethod
+    def of(rows: Sequence[Float[Tensor, "_ d"]]) -> "Spectrum":
+        """Of the second moment of all rows, each scaled to norm 1."""
+        unit = torch.nn.functional.normalize(torch.cat(list(rows)).double(), dim=1, eps=1e-30)
+        values, vectors = torch.linalg.eigh(unit.T @ unit / len(unit))
+        blocks, start = [], 0
+        while start < len(values):
+            # Eigenvalues increase. Those of what the rows do not reach are 0 up to rounding: one block.
+            near = values[start:] <= max(values[start].item() / BLOCK, 1e-9)
+            blocks.append(slice(start, start + int(near.sum())))
+            start = blocks[-1].stop
+        return Spectrum(vectors, tuple(blocks))
+
+    def rotation(self, draw: torch.Generator) -> Float[Tensor, "d d"]:
+        """A random orthogonal map that leaves the second moment as it is, as far as eigenvalues of a block are equal: any one
+        within each block's space, which of a single eigenvector leaves a random sign."""
+        within = torch.zeros_like(self.vectors)
+        for block in self.blocks:
+            n = block.stop - block.start
+            q, r = torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=torch.float64))
+            within[block, block] = q * r.diagonal().sign()  # uniform over all of them (Mezzadri 2007)
+        return self.vectors @ within @ self.vectors.T
 
 
 def activity_similarity(a: Activity, b: Activity) -> Similarity:

@@ -4,11 +4,16 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import torch
+from jaxtyping import Int
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from torch import Tensor
 
 from nndecomp.evaluation.comparing_units import Comparison, Kind
+from nndecomp.evaluation.unit_splitting import Cover
 from nndecomp.report import style
 from nndecomp.report.canonical import Line, mean, sizes_of
 
@@ -67,44 +72,52 @@ def _found(panel: Axes, lines: Sequence[Line], kind: Kind, metric: str, colours:
 
 
 def children(found: Sequence[Comparison], colours: Mapping[str, str]) -> Figure:
-    """How many units of the other cover a unit: a panel a method, bars at the same size and in larger ones."""
-    kept = [each for each in found if each.pair.kind in LOOKS]
+    """How many units of the other cover a unit of the smallest size: a panel a method, bars at the same size and in larger
+    ones; black lines are chance."""
+    every = [each for each in found if each.pair.kind in LOOKS]
+    smallest = min(each.pair.first.times for each in every)
+    kept = [each for each in every if each.pair.first.times == smallest]
     methods = list(dict.fromkeys(each.pair.first.method for each in kept))
-    sizes = list(dict.fromkeys((each.pair.first.times, each.pair.second.times) for each in kept))
-    smallest = min(first for first, _ in sizes)
-    sizes = sorted(pair for pair in sizes if pair[0] == smallest)
-    shades = [1.0, 0.6, 0.3, 0.15]
+    sizes = sorted({each.pair.second.times for each in kept})
+    width = 0.8 / len(sizes)
     with matplotlib.rc_context(style.RC):
-        drawn = Figure(figsize=(2.5 * len(methods) + 0.4, 2.7), layout="constrained")
+        drawn = Figure(figsize=(2.5 * len(methods) + 0.4, 3.0), layout="constrained")
         panels = drawn.subplots(1, len(methods), squeeze=False, sharey=True)[0]
         for panel, method in zip(panels, methods, strict=True):
             colour = style.colour(colours[method], list(dict.fromkeys(colours.values())))
-            width = 0.8 / len(sizes)
-            for i, (pair, shade) in enumerate(zip(sizes, shades, strict=False)):
-                own = [
-                    each
-                    for each in kept
-                    if each.pair.first.method == method and (each.pair.first.times, each.pair.second.times) == pair
-                ]
-                if not own:
-                    continue
-                parts = torch.cat([each.cover.parts for each in own]).clamp(max=MOST)
-                share = parts.bincount(minlength=MOST + 1) / len(parts)
-                label = "same size, other seed" if pair[0] == pair[1] else f"×{pair[1] // pair[0]}, other seed"
-                at = torch.arange(MOST + 1) + (i - (len(sizes) - 1) / 2) * width
-                panel.bar(at, share, width, color=colour, alpha=shade, label=label)
+            for i, times in enumerate(sizes):
+                own = [each for each in kept if (each.pair.first.method, each.pair.second.times) == (method, times)]
+                if own:
+                    at = [bar + (i - (len(sizes) - 1) / 2) * width for bar in range(MOST + 1)]
+                    panel.bar(at, _parts([each.cover for each in own]), width, color=colour, alpha=1 / (1 + i))
+                    chance = _parts([each.cover_null for each in own])
+                    panel.errorbar(at, chance, xerr=width / 2, fmt="none", ecolor="black", elinewidth=1)
             panel.set_title(method)
             panel.set_xticks(range(MOST + 1), ["lost", "kept", *map(str, range(2, MOST)), f"≥ {MOST}"])
-            panel.legend()
+            panel.set_xlabel("units that cover it")
         panels[0].set_ylabel("share of units")
-        for panel in panels:
-            panel.set_xlabel("units of the other that cover it")
+        handles: list[Artist] = [
+            Patch(color=style.GREY, alpha=1 / (1 + i), label=f"in one {times // smallest} × as large")
+            for i, times in enumerate(sizes)
+        ]
+        handles.append(Line2D([], [], color="black", label="chance"))
+        drawn.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return drawn
+
+
+def _parts(covers: Sequence[Cover]) -> list[float]:
+    """Share of units with 0 (lost), 1, ..., MOST or more children."""
+    return _shares(torch.cat([each.parts for each in covers]), MOST)
+
+
+def _shares(counts: Int[Tensor, " unit"], most: int) -> list[float]:
+    """Share of units with a count of 0, 1, ..., `most` or more."""
+    return (counts.clamp(max=most).bincount(minlength=most + 1) / len(counts)).tolist()
 
 
 def degrees(found: Sequence[Comparison], of: Sequence[str]) -> Figure | None:
     """Links of units of the methods `of` with units of every other method, both ways; None where there are none."""
-    chosen: dict[tuple[str, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    chosen: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     for each in found:
         first, second = each.pair.first.method, each.pair.second.method
         if each.pair.kind is not Kind.method or (first in of) == (second in of):
@@ -124,10 +137,8 @@ def degrees(found: Sequence[Comparison], of: Sequence[str]) -> Figure | None:
         for row, own in zip(panels, rows, strict=True):
             for panel, other in zip(row, columns, strict=True):
                 for i, (label, colour) in enumerate(((f"of {own}", "#0072B2"), ("of the other", "#E69F00"))):
-                    degree = torch.cat([both[i] for both in chosen[own, other]]).clamp(max=MOST + 1)
-                    share = degree.bincount(minlength=MOST + 2) / len(degree)
-                    at = torch.arange(MOST + 2) + (i - 0.5) * 0.4
-                    panel.bar(at, share, 0.4, color=colour, label=label)
+                    share = _shares(torch.cat([both[i] for both in chosen[own, other]]), MOST + 1)
+                    panel.bar([bar + (i - 0.5) * 0.4 for bar in range(MOST + 2)], share, 0.4, color=colour, label=label)
                 panel.set_title(f"{own} and {other}")
                 panel.set_xticks(range(MOST + 2), [*map(str, range(MOST + 1)), f"> {MOST}"])
             row[0].set_ylabel("share of units")
@@ -139,31 +150,33 @@ def degrees(found: Sequence[Comparison], of: Sequence[str]) -> Figure | None:
 
 
 def between(lines: Sequence[Line], cutoff: float) -> Figure:
-    """Share of the row's units that the column has too, by activity: every method in every other."""
+    """Share of the row's units that the column has too, by activity: every method in every other, and in itself of another
+    seed (at the size at which methods meet)."""
     chosen = _of(lines, Kind.method)
     methods = list(dict.fromkeys(line[f"{which}_method"] for which in ("first", "second") for line in chosen))
-    share = torch.full((len(methods), len(methods)), float("nan"), dtype=torch.float64)
-    for i, first in enumerate(methods):
-        for j, second in enumerate(methods):
-            group = [line for line in chosen if (line["first_method"], line["second_method"]) == (first, second)]
-            if group:
-                share[i, j], share[j, i] = mean(group, "activity_best_found"), mean(group, "activity_best_back_found")
+    sizes = {line[f"{which}_method"]: line[f"{which}_times"] for which in ("first", "second") for line in chosen}
+    share: dict[tuple[str, str], float] = {}
+    for first in methods:
+        own = [line for line in _of(lines, Kind.seed) if line["first_method"] == first]
+        if group := [line for line in own if line["first_times"] == sizes[first]]:
+            share[first, first] = mean(group, "activity_best_found")
+        for second in methods:
+            if group := [line for line in chosen if (line["first_method"], line["second_method"]) == (first, second)]:
+                share[first, second] = mean(group, "activity_best_found")
+                share[second, first] = mean(group, "activity_best_back_found")
+    grid = [[share.get((own, other), float("nan")) for other in methods] for own in methods]
     with matplotlib.rc_context(style.RC):
-        side = 0.75 * len(methods)
-        drawn = Figure(figsize=(side + 2.2, side + 1.2), layout="constrained")
+        side = 0.7 * len(methods)
+        drawn = Figure(figsize=(side + 1.6, side + 1.2), layout="constrained")
         panel = drawn.subplots()
-        panel.imshow(share, vmin=0, vmax=1, cmap="Blues")
-        for i in range(len(methods)):
-            for j in range(len(methods)):
-                if i != j:
-                    value = share[i, j].item()
-                    panel.text(
-                        j, i, f"{value:.0%}", ha="center", va="center", color="white" if value > 0.6 else "black"
-                    )
+        panel.imshow(grid, vmin=0, vmax=1, cmap="Blues")
+        for (own, other), value in share.items():
+            at = methods.index(other), methods.index(own)
+            panel.text(*at, f"{value:.0%}", ha="center", va="center", color="white" if value > 0.6 else "black")
         panel.set_xticks(range(len(methods)), methods, rotation=30, ha="right")
         panel.set_yticks(range(len(methods)), methods)
         panel.grid(False)
-        panel.set_xlabel(f"are also in, correlation > {cutoff}")
+        panel.set_xlabel(f"are also in (correlation > {cutoff})")
         panel.set_ylabel("units of")
     return drawn
 
