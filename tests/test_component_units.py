@@ -27,9 +27,11 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     return load_target(cfg, torch.device("cpu"))
 
 
-def decomposed(target: Target, *patterns: str) -> ParameterDecomposition:
+def decomposed(
+    target: Target, *patterns: str, kind: ImportanceKind = ImportanceKind.shared_mlp
+) -> ParameterDecomposition:
     maps = find_maps(target.module(), dict.fromkeys(patterns, C))
-    return ParameterDecomposition(maps, ImportanceConfig(kind=ImportanceKind.shared_mlp, hidden=[8]), seed=0)
+    return ParameterDecomposition(maps, ImportanceConfig(kind=kind, hidden=[8]), seed=0)
 
 
 def text() -> tuple[TokenBatch, torch.Tensor]:
@@ -65,5 +67,5 @@ def test_what_active_components_write_is_the_map_masked_by_its_importances(targe
 
 def test_maps_of_no_layer_are_refused(target: Target):
     batch, keep = text()
-    with pytest.raises(SettingError, match="lm_head, which belongs to no one layer"):
-        component_units(target, decomposed(target, "lm_head"), batch, keep, 2)
+    with pytest.raises(SettingError, match="wte, which belongs to no one layer"):
+        component_units(target, decomposed(target, "wte", kind=ImportanceKind.mlp), batch, keep, 2)

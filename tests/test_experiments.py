@@ -21,6 +21,7 @@ QUICK = {
     "exp_016_dedicated_feature_crosscoder": ["~compare.variants.all_none", "~compare.variants.all_sae"],
     "exp_024_canonical_units": [
         "~compare.variants.sae",
+        "~compare.variants.clt",
         "compare.seeds=[0,1]",
         "canonical.times=[1,2]",
         "canonical.n_null=1000",

@@ -26,7 +26,7 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     by_name = build.trained(cfg, target, out, {each.name: member for each, member in instances.items()})
     trained = {each: by_name[each.name] for each in instances}
     starts = build.starts(cfg, target, instances)
-    units = build.units(cfg, target, {**trained, **starts, **build.neurons(cfg, target)})
+    units = build.units(cfg, target, {**trained, **starts, **build.baseline_instances(cfg, target)})
     found = build.compared_units(cfg, units)
 
     lines = canonical.raw(found, settings.found)

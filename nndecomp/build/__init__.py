@@ -5,11 +5,11 @@ settings -> target -> tokens -> stream of rows -> objectives -> trained dictiona
 
 from nndecomp.build.baselines import baselines
 from nndecomp.build.canonical import (
+    baseline_instances,
     canonical_settings,
     compared_units,
     instances,
     method_architectures,
-    neurons,
     starts,
     units,
 )
@@ -47,6 +47,7 @@ __all__ = [
     "Member",
     "Pair",
     "activity",
+    "baseline_instances",
     "baselines",
     "canonical_settings",
     "check",
@@ -69,7 +70,6 @@ __all__ = [
     "measured",
     "members",
     "method_architectures",
-    "neurons",
     "of_architecture",
     "pursuits",
     "recovered",

@@ -5,14 +5,13 @@ from dataclasses import replace
 from itertools import combinations
 
 from nndecomp.activations.harvest import kept
-from nndecomp.build.measuring import baselines
+from nndecomp.build.baselines import baselines
 from nndecomp.build.members import Member, decompositions
 from nndecomp.build.settings import trainable
 from nndecomp.build.training import untrained
 from nndecomp.config.schema import CanonicalConfig, RunConfig, require
 from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.groups import SparseDictionary
-from nndecomp.decompositions.neurons import NeuronBaseline
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
 from nndecomp.evaluation.comparing_units import Comparison, Instance, Kind, Pair, compare
 from nndecomp.evaluation.component_units import component_units
@@ -52,8 +51,8 @@ def starts(cfg: RunConfig, target: Target, instances: Mapping[Instance, Member])
     return {replace(each, trained=False): made[each.name] for each in instances if each.name in made}
 
 
-def neurons(cfg: RunConfig, target: Target) -> dict[Instance, NeuronBaseline]:
-    """The model's own units, which have one size and no seed."""
+def baseline_instances(cfg: RunConfig, target: Target) -> dict[Instance, Decomposition]:
+    """What `compare` names and is not trained, such as the model's neurons: of one size, without a seed."""
     return {Instance(name, 1, 0): each for name, each in baselines(cfg, target).items()}
 
 

@@ -138,7 +138,8 @@ def _codes(
     for part, kept in zip(text.split(batch_seqs), keep.split(batch_seqs), strict=True):
         batch = Sequences(part.tokens.to(target.device), kept.flatten().nonzero()[:, 0].to(target.device))
         found = target.record(batch.tokens, sorted(decomposition.reads))
-        _, active = decomposition(beside([batch.rows(found[site]) for site in decomposition.read_layout.sites]))
+        taken = batch.whole if decomposition.needs_sequences else batch.rows
+        _, active = decomposition(beside([taken(found[site]) for site in decomposition.read_layout.sites]))
         assert isinstance(active, Codes), f"{type(decomposition).__name__} says {type(active).__name__}, not codes"
         yield active
 
