@@ -6,6 +6,7 @@ import pytest
 import torch
 from decomposition_parts import ACTIVATIONS, GLU, inputs, settled
 from experiment_parts import small_target
+from spd_parts import decomposed
 from torch import Tensor
 from truth_parts import planted_settings
 
@@ -21,9 +22,11 @@ from nndecomp.config.schema import (
 )
 from nndecomp.config.target import TargetConfig, TargetKind
 from nndecomp.decompositions.architectures import build_dictionary
-from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.base import Replacement
 from nndecomp.decompositions.held import hold, masks_of
 from nndecomp.decompositions.neurons import NeuronBaseline
+from nndecomp.decompositions.spd.gated import GatedParameters
+from nndecomp.decompositions.spd.gates import Gate, GateKind
 from nndecomp.errors import SettingError
 from nndecomp.evaluation.faithfulness import by_token, cosine, faithfulness, places, random_masks, relative_error
 from nndecomp.evaluation.held import held
@@ -65,7 +68,7 @@ def text() -> tuple[TokenBatch, Tensor]:
     return batch, batch.mask & ~batch.is_bos
 
 
-def measured(target: Target, **decompositions: Decomposition) -> dict[str, dict[tuple[str, str], float]]:
+def measured(target: Target, **decompositions: Replacement) -> dict[str, dict[tuple[str, str], float]]:
     replacements = {name: held(name, target, each) for name, each in decompositions.items()}
     found = faithfulness(target, replacements, *text(), CFG, EVALUATION, 0)
     return {name: {(m.metric, m.site): m.value for m in rows} for name, rows in found.items()}
@@ -183,6 +186,32 @@ def test_a_cross_layer_transcoder_that_writes_later_layers_alone_has_no_local_ja
     rows = measured(target, clt=clt)["clt"]
     assert rows["jacobian_cosine_local", "all"] == 0 and rows["jacobian_error_local", "all"] == 1
     assert rows["jacobian_cosine_end_to_end", "all"] != rows["jacobian_cosine_end_to_end_zero", "all"]
+
+
+@torch.no_grad()
+def components(target: Target, important: float) -> GatedParameters:
+    """Every input coordinate of a map is a component, so that all of them are the map; a share of them is important everywhere."""
+    sizes = {"h.*.mlp.c_fc": D, "h.*.mlp.down_proj": D_MLP}
+    made = decomposed(target.module(), sizes)
+    for (linear, C), own in zip(made.sizes.items(), made.components.values(), strict=True):
+        own.V.copy_(torch.eye(C))
+        own.U.copy_(linear.matrix())
+    for function in made.importance.functions:
+        for parameter in function.parameters():
+            parameter.zero_()
+        last = function.b[-1]
+        last[: round(important * len(last))] = 1
+    return GatedParameters(made, target, Gate(GateKind.threshold, 0.5))
+
+
+def test_all_components_have_cosine_1_and_half_of_them_less_unless_masks_are_drawn_between(target):
+    found = measured(target, all=components(target, 1.0), half=components(target, 0.5))
+    for scope in ("local", "end_to_end"):
+        assert found["all"][f"jacobian_cosine_{scope}", "all"] == pytest.approx(1, abs=1e-5)
+        assert found["all"][f"jacobian_error_{scope}", "all"] == pytest.approx(0, abs=1e-4)
+        assert found["half"][f"l0_{scope}", "all"] == (D + D_MLP) / 4
+        half, drawn = (found["half"][f"jacobian_cosine_{scope}{end}", "all"] for end in ("", "_stochastic"))
+        assert half < 0.9 and half + 0.05 < drawn < 0.99, "masks of what is not important are 1/2 on average, not 0"
 
 
 def test_random_active_sets_have_as_many_units_of_those_that_live():

@@ -1,7 +1,7 @@
 """exp_009: why does cross-entropy jump when the last components of a parameter decomposition are dropped?
 
-    python experiments/exp_009_diagnose_tail/run.py 'runs=[output/exp_004_train_spd_gpt2/<time>]'
-    python experiments/exp_009_diagnose_tail/run.py +scale=tiny    # the model that ships: trains a decomposition first
+python experiments/exp_009_diagnose_tail/run.py 'runs=[output/exp_004_train_spd_gpt2/<time>]'
+python experiments/exp_009_diagnose_tail/run.py +scale=tiny    # the model that ships: trains a decomposition first
 """
 
 from pathlib import Path

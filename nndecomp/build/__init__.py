@@ -37,11 +37,15 @@ from nndecomp.build.settings import (
     device,
     trainable,
 )
+from nndecomp.build.tail import diagnosed, one_decomposition, reported_tail
 from nndecomp.build.toy_settings import toy_settings
 from nndecomp.build.toys import decomposed_toy, recovered_toy, trained_toy
 from nndecomp.build.training import looking, trained, untrained
 
 __all__ = [
+    "reported_tail",
+    "one_decomposition",
+    "diagnosed",
     "Compared",
     "Heldout",
     "Member",

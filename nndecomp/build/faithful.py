@@ -9,7 +9,7 @@ from nndecomp.build.members import decompositions
 from nndecomp.checkpoint import write_text
 from nndecomp.config.faithfulness import FaithfulnessConfig
 from nndecomp.config.schema import Activation, Architecture, Ranking, RunConfig, require
-from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.base import Replacement
 from nndecomp.decompositions.held import PURSUES
 from nndecomp.decompositions.wiring import wire
 from nndecomp.evaluation.context import context
@@ -50,7 +50,7 @@ def check_faithful(cfg: RunConfig, target: Target) -> None:
 def faithful(
     cfg: RunConfig,
     target: Target,
-    replacements: Mapping[str, Decomposition],
+    replacements: Mapping[str, Replacement],
     run: str,
     seeds: Mapping[str, int] | None = None,
 ) -> "DataFrame":

@@ -25,7 +25,10 @@ def one_decomposition(cfg: RunConfig, target: Target, out: Path) -> ParameterDec
     if not cfg.runs:
         return trained_parameters(cfg, target, out)
     runs = check_runs(cfg)
-    require(len(runs) == 1, f"runs holds {len(runs)} runs ({', '.join(map(str, runs))}); give the one whose tail is looked at")
+    require(
+        len(runs) == 1,
+        f"runs holds {len(runs)} runs ({', '.join(map(str, runs))}); give the one whose tail is looked at",
+    )
     return saved_parameters(runs[0], target)
 
 

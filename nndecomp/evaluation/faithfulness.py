@@ -11,7 +11,7 @@ J of the target and J' of a replacement, [d_out, d_in], at the same point of the
                     all layers replaced at once from what arrives, the active sets those of this run
 
 Beside its own active set each replacement is measured with a random one: as many units on every token and in every module,
-drawn evenly from those that are active anywhere in the text. End to end there is also the target without its MLPs: what is left to
+drawn evenly from those that are active anywhere in the text; parameter decompositions also with the masks that training draws. End to end there is also the target without its MLPs: what is left to
 them is the residual stream itself, whose Jacobian every replacement has for nothing.
 """
 
@@ -203,7 +203,7 @@ def faithfulness(
     seed: int,
 ) -> dict[str, list[Measurement]]:
     """Of each named replacement: `jacobian_{cosine, error}_{local, end_to_end}` with its own active sets, `.._random` with random
-    ones, and end to end `.._zero` without MLPs; `l0_{local, end_to_end}`, active units of a module. Site `all`: over all layers.
+    ones, `.._stochastic` with those that training draws, and end to end `.._zero` without MLPs; `l0_{local, end_to_end}`, active units of a module. Site `all`: over all layers.
     """
     sites = sorted({site for each in replacements.values() for site in _sites(each)})
     where = list(places(text, keep, cfg.tokens_per_seq, evaluation.batch_seqs, target.device, seed))
@@ -255,7 +255,10 @@ def _local(
 ) -> None:
     own, seqs = truth.own_masks(replacement), truth.place.sampled_seqs
     means.add("l0_local", "all", seqs, _l0(own))
-    for condition, masks in {"": own, "random": random_masks(own, alive, draw)}.items():
+    sets = {"": own, "random": random_masks(own, alive, draw)}
+    if (drawn := replacement.stochastic_masks(truth.place, draw)) is not None:
+        sets["stochastic"] = [mask[truth.place.sampled] for mask in drawn]
+    for condition, masks in sets.items():
         for layer in replacement.layers:
             x = truth.sampled[Site(layer, Point.mlp_in)]
             J = by_token(lambda x, at=layer, a=masks: replacement.mlp_out(at, x, truth.sampled, a), x)
@@ -274,7 +277,10 @@ def _end_to_end(
     own = replacement.own_masks_replaced(place)
     means.add("l0_end_to_end", "all", place.seqs[(place.kept // place.tokens.shape[1]).cpu()], _l0(own))
     clean = truth.end_to_end(first)
-    for condition, masks in {"": own, "random": random_masks(own, alive, draw)}.items():
+    sets = {"": own, "random": random_masks(own, alive, draw)}
+    if (drawn := replacement.stochastic_masks(place, draw)) is not None:
+        sets["stochastic"] = drawn
+    for condition, masks in sets.items():
         with replacement.installed(place, masks):
             means.compare("end_to_end", "all", place.seqs, clean, truth.logits(first), condition)
     without = truth.end_to_end(first, replacement.layers)

@@ -17,12 +17,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nndecomp.config.checks import require
-from nndecomp.decompositions.base import Decomposition
+from nndecomp.decompositions.base import Replacement
 from nndecomp.decompositions.codes import Codes
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.held import Masks, hold, masks_of
 from nndecomp.decompositions.neurons import NeuronBaseline
 from nndecomp.decompositions.replacing import Sequences, live
+from nndecomp.decompositions.spd.gated import GatedParameters
+from nndecomp.decompositions.spd.gates import Gate, GateKind
+from nndecomp.decompositions.spd.masks import Mask
 from nndecomp.errors import SettingError
 from nndecomp.targets.base import Replace, Target
 from nndecomp.types import Point, Site
@@ -46,6 +49,10 @@ class HeldReplacement(ABC):
     @abstractmethod
     def own_masks_replaced(self, batch: Sequences) -> Masks:
         """The active sets that it chooses itself where it replaces all its layers."""
+
+    def stochastic_masks(self, batch: Sequences, draw: torch.Generator) -> Masks | None:
+        """Those that training draws around the importances, at kept positions; None where training draws none."""
+        return None
 
     @abstractmethod
     def mlp_out(
@@ -125,17 +132,67 @@ class HeldNeurons(HeldReplacement):
         return self.target.patch({site: silence(mask) for site, mask in zip(self.reads, masks, strict=True)})
 
 
-def held(name: str, target: Target, replacement: Decomposition) -> HeldReplacement:
+class HeldComponents(HeldReplacement):
+    """The target's own MLPs with masked maps in the place of theirs. Masks are of every map, and of the undisturbed run
+    everywhere, as in training. What components leave of the weights is there, whole, if the gate has it."""
+
+    inputs = "clean_gates"
+
+    def __init__(self, name: str, target: Target, gated: GatedParameters) -> None:
+        check_mlps(name, gated.reads, gated.writes)
+        self.target, self.gated = target, gated
+        self.layers = tuple(site.layer for site in gated.writes)
+        self.reads = gated.reads
+
+    def own_masks(self, batch: Sequences, rows: Rows) -> Masks:
+        gates = self.gated.gates(batch.tokens)
+        return [gates[name][0].flatten(0, 1)[batch.kept] for name in self.gated.places]
+
+    def own_masks_replaced(self, batch: Sequences) -> Masks:
+        return self.own_masks(batch, {})
+
+    def stochastic_masks(self, batch: Sequences, draw: torch.Generator) -> Masks:
+        """g + (1 - g) rho, rho ~ U(0, 1): those that training draws."""
+        g = self.gated.with_gate(Gate(GateKind.importance)).gates(batch.tokens)
+        rows = [g[name][0].flatten(0, 1)[batch.kept] for name in self.gated.places]
+        return [each + (1 - each) * torch.rand(each.shape, generator=draw).to(each.device) for each in rows]
+
+    def mlp_out(
+        self, layer: int, mlp_in: Float[Tensor, "token d_model"], rows: Rows, masks: Masks
+    ) -> Float[Tensor, "token d_model"]:
+        out = Site(layer, Point.mlp_out)
+        own = {
+            name: m[None] for name, m in zip(self.gated.places, masks, strict=True) if self.gated.places[name][1] == out
+        }
+        with self.gated.decomposition.installed({name: Mask(m, self._leftover(m), None) for name, m in own.items()}):
+            return self.target.mlp_of(Site(layer, Point.mlp_in), mlp_in).float()
+
+    def installed(self, batch: Sequences, masks: Masks) -> AbstractContextManager[None]:
+        n = batch.tokens.numel()
+        kept = torch.zeros(n, dtype=torch.bool, device=batch.tokens.device).index_fill(0, batch.kept, True)
+        masking = {}
+        for name, rows in zip(self.gated.places, masks, strict=True):
+            m = rows.new_zeros(n, rows.shape[1]).index_copy(0, batch.kept, rows).unflatten(0, batch.tokens.shape)
+            masking[name] = Mask(m, self._leftover(m), kept.view(batch.tokens.shape))
+        return self.gated.decomposition.installed(masking)
+
+    def _leftover(self, m: Float[Tensor, "batch pos C"]) -> Float[Tensor, "batch pos"] | None:
+        return torch.ones_like(m[..., 0]) if self.gated.gate.delta else None
+
+
+def held(name: str, target: Target, replacement: Replacement) -> HeldReplacement:
     """Raises SettingError for what does not replace MLPs, or cannot be held."""
     match replacement:
         case SparseDictionary():
             return HeldDictionary(name, target, replacement)
         case NeuronBaseline():
             return HeldNeurons(name, target, replacement)
+        case GatedParameters():
+            return HeldComponents(name, target, replacement)
         case other:
             raise SettingError(
                 f"{name} is a {type(other).__name__}, whose active set cannot be held while it is differentiated; "
-                "compare dictionaries and neurons"
+                "compare dictionaries, neurons and parameter decompositions"
             )
 
 
@@ -152,7 +209,7 @@ def check_mlps(name: str, reads: Collection[Site], writes: Collection[Site]) -> 
     )
 
 
-def _layers(name: str, replacement: Decomposition) -> tuple[int, ...]:
+def _layers(name: str, replacement: SparseDictionary | NeuronBaseline) -> tuple[int, ...]:
     """The layers whose MLPs are replaced."""
     check_mlps(name, replacement.reads, replacement.writes)
     obstacle = replacement.live_obstacle()

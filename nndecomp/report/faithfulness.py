@@ -17,7 +17,12 @@ from nndecomp.report.results import NOTHING, records_of
 SCOPES = {"local": "one MLP", "end_to_end": "all MLPs, top logits"}
 QUANTITIES = {"cosine": "cosine", "error": "relative error"}
 COLUMNS = {"local": "MLP", "end_to_end": "logits"}
-CONDITIONS = {"": "own active set", "_random": "random active set, as many", "_zero": "no MLPs"}
+CONDITIONS = {
+    "": "own active set",
+    "_random": "random active set, as many",
+    "_stochastic": "stochastic masks",
+    "_zero": "no MLPs",
+}
 PANELS = [(scope, quantity) for scope in SCOPES for quantity in QUANTITIES]
 
 
@@ -35,7 +40,9 @@ def summary(rows: pandas.DataFrame) -> pandas.DataFrame:
     found = estimates(rows)
     lines = []
     for name, own in found.items():
-        for end, label in (("", "own"), ("_random", "random")):
+        for end, label in (("", "own"), ("_random", "random"), ("_stochastic", "stochastic")):
+            if f"jacobian_cosine_local{end}" not in own:
+                continue
             active = f"{own['l0_end_to_end'].value:.1f}"
             lines.append({"decomposition": name, "active set": label, "active per module": active, **_cells(own, end)})
     # Of MLPs that are taken away nothing is known but what is lost with them.
@@ -74,8 +81,13 @@ def figure(rows: pandas.DataFrame) -> Figure:
         for panel, (scope, quantity) in zip(panels, PANELS, strict=True):
             for y, (name, own) in enumerate(found.items()):
                 colour = style.colour(architectures[name], sorted(set(architectures.values())))
-                for end, face in (("_random", "white"), ("", colour)):
-                    _point(panel, own[f"jacobian_{quantity}_{scope}{end}"], y, colour, face)
+                for end, (face, marker) in {
+                    "_random": ("white", "o"),
+                    "_stochastic": ("white", "s"),
+                    "": (colour, "o"),
+                }.items():
+                    if (each := own.get(f"jacobian_{quantity}_{scope}{end}")) is not None:
+                        _point(panel, each, y, colour, face, marker)
             without = {
                 each.value
                 for own in found.values()
@@ -92,13 +104,15 @@ def figure(rows: pandas.DataFrame) -> Figure:
         panels[0].set_yticks(range(len(found)), list(found))
         panels[0].invert_yaxis()
         drawn.suptitle(_title(rows), x=0.01, ha="left", fontsize=10)
-        drawn.legend(handles=_legend(), loc="outside lower center", ncols=3)
+        drawn.legend(
+            handles=_legend(bool(rows.metric.str.endswith("_stochastic").any())), loc="outside lower center", ncols=4
+        )
     return drawn
 
 
-def _point(panel: Axes, each: Estimate, y: float, colour: str, face: str) -> None:
+def _point(panel: Axes, each: Estimate, y: float, colour: str, face: str, marker: str) -> None:
     panel.hlines([y], [each.low], [each.high], color=colour, linewidth=1.2, zorder=3)
-    panel.plot([each.value], [y], "o", color=colour, markerfacecolor=face, zorder=4)
+    panel.plot([each.value], [y], marker, color=colour, markerfacecolor=face, zorder=4)
 
 
 def _title(rows: pandas.DataFrame) -> str:
@@ -106,13 +120,15 @@ def _title(rows: pandas.DataFrame) -> str:
     return f"{first['target']}, {layers_in_words(first['layers'])}: Jacobians beside the target's, active sets held constant"
 
 
-def _legend() -> list[Line2D]:
-    own, drawn, without = CONDITIONS.values()
-    return [
-        Line2D([], [], color="black", marker="o", linestyle="", label=own),
-        Line2D([], [], color="black", marker="o", linestyle="", markerfacecolor="white", label=drawn),
-        Line2D([], [], color="black", linewidth=0.9, linestyle="-.", label=without),
-    ]
+def _legend(stochastic: bool) -> list[Line2D]:
+    def point(condition: str, marker: str, face: str) -> Line2D:
+        return Line2D(
+            [], [], color="black", marker=marker, linestyle="", markerfacecolor=face, label=CONDITIONS[condition]
+        )
+
+    drawn = [point("_stochastic", "s", "white")] if stochastic else []
+    without = Line2D([], [], color="black", linewidth=0.9, linestyle="-.", label=CONDITIONS["_zero"])
+    return [point("", "o", "black"), point("_random", "o", "white"), *drawn, without]
 
 
 def _text(estimate: Estimate) -> str:
