@@ -17,6 +17,11 @@ PEERS = "exp_025_parity_with_peers"
 NARROW = ["decomposition.k=8"]
 # So would six worlds with three seeds.
 QUICK = {
+    "exp_008_jacobian_faithfulness": [
+        *("spd.warmup_steps=5", "evaluation.thresholds=[]"),
+        *("~compare.variants.skip_transcoder", "~compare.variants.clt"),
+    ],
+    "exp_009_diagnose_tail": ["spd.warmup_steps=5", "tail.kept=[1.0,0.9]"],
     "exp_015_crosscoder_model_diff": ["~compare.variants.batchtopk"],
     "exp_016_dedicated_feature_crosscoder": ["~compare.variants.all_none", "~compare.variants.all_sae"],
     "exp_024_canonical_units": [

@@ -201,7 +201,7 @@ def components(target: Target, important: float) -> GatedParameters:
             parameter.zero_()
         last = function.b[-1]
         last[: round(important * len(last))] = 1
-    return GatedParameters(made, target, Gate(GateKind.threshold, 0.5))
+    return GatedParameters(made, target, Gate(GateKind.importance))
 
 
 def test_all_components_have_cosine_1_and_half_of_them_less_unless_masks_are_drawn_between(target):

@@ -13,7 +13,7 @@ from nndecomp.config.schema import RunConfig
 from nndecomp.run import experiment
 
 if TYPE_CHECKING:
-    from nndecomp.decompositions.base import Decomposition
+    from nndecomp.decompositions.base import Replacement
     from nndecomp.targets.base import Target
 
 
@@ -23,27 +23,21 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
 
     target = build.target(cfg)
     build.check_faithful(cfg, target)
-    decompositions = finished(cfg, target) if cfg.runs else build.trained(cfg, target, out)
+    replacements = build.finished(cfg, target) if cfg.runs else trained(cfg, target, out)
     seeds = {name: member.seed for name, member in build.members(cfg).items()}
-    rows = build.faithful(cfg, target, {**decompositions, **build.baselines(cfg, target)}, out.name, seeds)
+    rows = build.faithful(cfg, target, replacements | build.baselines(cfg, target), out.name, seeds)
     return build.reported_faithfulness(rows, out)
 
 
-def finished(cfg: RunConfig, target: "Target") -> "dict[str, Decomposition]":
-    """Every dictionary of the finished runs, by its name, and that of its run where two have the same name."""
+def trained(cfg: RunConfig, target: "Target", out: Path) -> "dict[str, Replacement]":
+    """Dictionaries, and the parameter decomposition of `spd` in a directory of its own, behind each of its gates."""
     from nndecomp import build
-    from nndecomp.decompositions.groups import SparseDictionary
 
-    directories = [each for run in build.check_runs(cfg) for each in sorted((run / "decompositions").iterdir())]
-    names = [each.name for each in directories]
-    unique = [
-        name if names.count(name) == 1 else f"{each.parents[1].name}/{name}"
-        for name, each in zip(names, directories, strict=True)
-    ]
-    return {
-        name: SparseDictionary.from_pretrained(each, target.device)
-        for name, each in zip(unique, directories, strict=True)
-    }
+    found: dict[str, Replacement] = {**build.trained(cfg, target, out)}
+    if cfg.spd is None:
+        return found
+    spd = build.trained_parameters(cfg, target, out / "spd")
+    return {**found, **build.gated(cfg.evaluation, target, {"spd": spd})}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from nndecomp.build.canonical import (
 )
 from nndecomp.build.comparing import Compared, activity, compared, reported_activity, reported_difference
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
-from nndecomp.build.faithful import check_faithful, faithful, reported_faithfulness
+from nndecomp.build.faithful import check_faithful, faithful, finished, reported_faithfulness
 from nndecomp.build.finding import Pair, found_again, found_again_rows
 from nndecomp.build.flops import training_flops
 from nndecomp.build.measuring import Heldout, heldout, measured, reported, scores
@@ -65,6 +65,7 @@ __all__ = [
     "decompositions",
     "device",
     "faithful",
+    "finished",
     "found_again",
     "found_again_rows",
     "harvester",

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 from nndecomp.activations.harvest import kept
 from nndecomp.build.members import decompositions
+from nndecomp.build.parameters import NAME, gated, saved_parameters
+from nndecomp.build.settings import check_runs
 from nndecomp.checkpoint import write_text
 from nndecomp.config.faithfulness import FaithfulnessConfig
 from nndecomp.config.schema import Activation, Architecture, Ranking, RunConfig, require
 from nndecomp.decompositions.base import Replacement
+from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.held import PURSUES
 from nndecomp.decompositions.wiring import wire
 from nndecomp.evaluation.context import context
@@ -45,6 +48,20 @@ def check_faithful(cfg: RunConfig, target: Target) -> None:
             f"decomposition.ranking=attribution of {name} is known only when a run is over, so it cannot take the place of "
             "all MLPs at once; write ranking=activation or output_norm",
         )
+
+
+def finished(cfg: RunConfig, target: Target) -> dict[str, Replacement]:
+    """What the runs hold, by its name, and that of its run where two have the same; parameter decompositions behind each gate."""
+    directories = [each for run in check_runs(cfg) for each in sorted((run / "decompositions").iterdir())]
+    names = [each.name for each in directories]
+    found: dict[str, Replacement] = {}
+    for name, each in zip(names, directories, strict=True):
+        unique = name if names.count(name) == 1 else f"{each.parents[1].name}/{name}"
+        if name == NAME:
+            found |= gated(cfg.evaluation, target, {unique: saved_parameters(each.parents[1], target)})
+        else:
+            found[unique] = SparseDictionary.from_pretrained(each, target.device)
+    return found
 
 
 def faithful(

@@ -9,7 +9,7 @@ from nndecomp.checkpoint import write_text
 from nndecomp.config.schema import RunConfig, require
 from nndecomp.config.tail import TailConfig
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
-from nndecomp.evaluation.tail import Tail, tail
+from nndecomp.evaluation.tail import Choice, Tail, tail
 from nndecomp.targets.base import Target
 from nndecomp.tokens import heldout_tokens
 
@@ -53,5 +53,6 @@ def reported_tail(cfg: RunConfig, found: Tail, out: Path) -> dict[str, float]:
     for name, table in {**made, "components": report.components(found)}.items():
         write_text(out / f"{name}.csv", tables.comma_separated(table))
     style.save(report.figure(found, settings.important), out / "figures", "tail")
-    print(*map(tables.terminal, made.values()), sep="\n\n")
+    whole = made["kept"].head(len(Choice))  # all maps at once; the rest is long, and in table.md
+    print(tables.terminal(made["counts"]), tables.terminal(whole), sep="\n\n")
     return report.scores(found)

@@ -24,7 +24,7 @@ from nndecomp.decompositions.held import Masks, hold, masks_of
 from nndecomp.decompositions.neurons import NeuronBaseline
 from nndecomp.decompositions.replacing import Sequences, live
 from nndecomp.decompositions.spd.gated import GatedParameters
-from nndecomp.decompositions.spd.gates import Gate, GateKind
+from nndecomp.decompositions.spd.gates import GateKind
 from nndecomp.decompositions.spd.masks import Mask
 from nndecomp.errors import SettingError
 from nndecomp.targets.base import Replace, Target
@@ -151,10 +151,11 @@ class HeldComponents(HeldReplacement):
     def own_masks_replaced(self, batch: Sequences) -> Masks:
         return self.own_masks(batch, {})
 
-    def stochastic_masks(self, batch: Sequences, draw: torch.Generator) -> Masks:
-        """g + (1 - g) rho, rho ~ U(0, 1): those that training draws."""
-        g = self.gated.with_gate(Gate(GateKind.importance)).gates(batch.tokens)
-        rows = [g[name][0].flatten(0, 1)[batch.kept] for name in self.gated.places]
+    def stochastic_masks(self, batch: Sequences, draw: torch.Generator) -> Masks | None:
+        """m = g + (1 - g) rho, rho ~ U(0, 1); behind the gate whose masks are the importances g."""
+        if self.gated.gate.kind is not GateKind.importance:
+            return None
+        rows = self.own_masks(batch, {})
         return [each + (1 - each) * torch.rand(each.shape, generator=draw).to(each.device) for each in rows]
 
     def mlp_out(
