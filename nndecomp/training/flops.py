@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from nndecomp.config.schema import Optimizer, TrainingConfig
 from nndecomp.decompositions.spd.losses import faithfulness
@@ -74,27 +74,40 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
-class _Seen(TorchDispatchMode):
-    """Which operations run."""
+REGISTRY = {**flop_registry, **{each: shape_wrapper(formula) for each, formula in FORMULAS.items()}}
+
+
+class _Counting(TorchDispatchMode):
+    """Adds up what operations cost. Torch's own counter follows modules with hooks of autograd, which refuses gradients that are
+    taken inside of others."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.packets: set[Any] = set()
+        self.total = 0
+        self.missed: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.packets.add(func._overloadpacket)
-        return func(*args, **(kwargs or {}))
+        packet, kwargs = func._overloadpacket, kwargs or {}
+        if packet not in REGISTRY:
+            with self:
+                whole = func.decompose(*args, **kwargs)  # of operations that are made of others
+            if whole is not NotImplemented:
+                return whole
+        out = func(*args, **kwargs)
+        if packet in REGISTRY:
+            self.total += REGISTRY[packet](*args, **kwargs, out_val=out)
+        elif packet is not _OPS.linalg_vector_norm and any(part in packet.__name__ for part in COSTLY):
+            self.missed.add(str(packet))
+        return out
 
 
 def count(run: Callable[[], object]) -> int:
     """FLOPs of one call of `run`."""
-    seen = _Seen()
-    with seen, FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        run()  # the counter takes apart what it does not know, and what is left comes to `seen`
-    known = {*flop_registry, *FORMULAS, _OPS.linalg_vector_norm}
-    missed = sorted(str(each) for each in seen.packets - known if any(part in each.__name__ for part in COSTLY))
-    assert not missed, f"there is no formula for the cost of {', '.join(missed)}"
-    return int(counter.get_total_flops())
+    counting = _Counting()
+    with counting:
+        run()
+    assert not counting.missed, f"there is no formula for the cost of {', '.join(sorted(counting.missed))}"
+    return counting.total
 
 
 @dataclass(frozen=True)
