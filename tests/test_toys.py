@@ -1,6 +1,7 @@
 """Toys are what they say, and recovery is full marks for their own mechanisms and for nothing else."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ CPU = torch.device("cpu")
 TOYS = ["tms_5_2", "tms_5_2_id", "tms_40_10", "tms_40_10_id", "resid_mlp_1", "resid_mlp_2", "resid_mlp_3"]
 
 
+@cache
 def toy_config(name: str) -> ToyConfig:
     cfg = compose("exp_026_spd_toys", [f"toy={name}"]).toy
     assert cfg is not None
@@ -243,10 +245,14 @@ def test_the_report_says_what_was_found(tmp_path: Path):
         (["spd.maps.linear1=4"], "spd.maps has 4 components for linear1, too few for one each of toy.n_features=5"),
         (["toy.d_mlp=3"], "toy.d_mlp=3, but toy.kind=tms has no MLP"),
         (["toy.feature_probability=0"], "toy.feature_probability=0.0 must be a probability above 0"),
-        (["spd=null"], "spd=null says nothing of how the toy is decomposed"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_one_sentence(settings: list[str], said: str):
     with pytest.raises(SettingError, match="^" + said.replace("[", r"\[")) as refused:
         build.check(compose("exp_026_spd_toys", settings), patches=False)
     assert "\n" not in str(refused.value)
+
+
+def test_a_toy_without_settings_of_its_decomposition_is_refused():
+    with pytest.raises(SettingError, match="^spd=null says nothing of how the toy is decomposed"):
+        build.check(replace(compose("exp_026_spd_toys"), spd=None), patches=False)

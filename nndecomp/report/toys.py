@@ -46,6 +46,7 @@ def figure(found: ToyRecovery) -> Figure:
         axes[0][0].set_ylabel("feature alone")
         bar = drawn.colorbar(images[-1], ax=list(axes[0]), shrink=0.9, pad=0.01)
         bar.set_label("importance")
+        legend = None
         for i, own in enumerate(found.maps.values()):
             if not pointed:
                 continue
@@ -53,8 +54,11 @@ def figure(found: ToyRecovery) -> Figure:
                 axes[1][i].set_axis_off()
             elif own.directions.target.shape[1] == 2:
                 _arrows(axes[1][i], own.directions)
+                legend = axes[1][i].get_legend_handles_labels()
             else:
                 _lengths(axes[1][i], own.directions)
+        if legend is not None:
+            drawn.legend(*legend, loc="outside lower center", ncols=2)
     return drawn
 
 
@@ -92,7 +96,7 @@ def _arrows(panel: Axes, along: Directions) -> None:
     panel.set_xlim(-reach, reach)
     panel.set_ylim(-reach, reach)
     panel.set_aspect("equal")
-    panel.legend(loc="upper right", handlelength=1.0, borderpad=0.1, bbox_to_anchor=(1.1, 1.1))
+    panel.set_title("its weights, a feature each", loc="left", fontsize=8)
 
 
 def _lengths(panel: Axes, along: Directions) -> None:
