@@ -31,6 +31,7 @@ from nndecomp.evaluation.held import HeldReplacement
 from nndecomp.evaluation.rows import Measurement
 from nndecomp.targets.base import Target
 from nndecomp.tokens.batch import TokenBatch
+from nndecomp.training.progress import Progress
 from nndecomp.types import Point, Site
 
 # Rows of a Jacobian that are computed at a time.
@@ -106,16 +107,20 @@ def places(
         yield Place(tokens, kept, seqs, sampled, at)
 
 
+def last_logits(target: Target, place: Place) -> Float[Tensor, "batch vocab"]:
+    """At `place.at`; the LM head sees no other position."""
+    final = target.final(place.tokens)
+    return target.head(final[torch.arange(len(final), device=final.device), place.at]).float()
+
+
 def logits_jacobian(
     target: Target, place: Place, stream: Site, x: Float[Tensor, "batch pos d"], top: Int[Tensor, "batch logit"]
 ) -> Float[Tensor, "batch logit pos d"]:
     """Of the logits `top` at `place.at` with respect to `x`, put at `stream`; within a patch, of the patched target."""
-
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         with target.patch({stream: lambda _: x}):
-            logits = target.logits(place.tokens).float()
-        chosen = logits[torch.arange(len(x), device=x.device), place.at].gather(1, top)
+            chosen = last_logits(target, place).gather(1, top)
         # Sequences do not see each other, so one backward pass serves all of them.
         rows = [torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in chosen.unbind(1)]
     return torch.stack(rows, 1)
@@ -162,8 +167,7 @@ class _Truth:
         self.rows = {site: place.rows(values) for site, values in recorded.items()}
         self.sampled = {site: rows[place.sampled] for site, rows in self.rows.items()}
         self.streams = {site: value for site, value in recorded.items() if site.point is Point.resid_pre}
-        last = target.logits(place.tokens)[torch.arange(len(place.tokens), device=place.at.device), place.at]
-        self.top = last.topk(n_logits).indices
+        self.top = last_logits(target, place).topk(n_logits).indices
         self._local: dict[int, Tensor] = {}
         self._whole: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
@@ -210,11 +214,13 @@ def faithfulness(
     alive = _alive(target, replacements, where, sites)
     means = {name: _Means(len(keep)) for name in replacements}
     draw = torch.Generator().manual_seed(seed)
-    for place in where:
-        truth = _Truth(target, place, sites, cfg.n_logits)
-        for name, each in replacements.items():
-            _local(each, truth, alive[name], draw, means[name])
-            _end_to_end(each, truth, alive[name], draw, means[name])
+    with Progress("Jacobians", len(where) * len(replacements), 0, unit="batches") as progress:
+        for place in where:
+            truth = _Truth(target, place, sites, cfg.n_logits)
+            for name, each in replacements.items():
+                _local(each, truth, alive[name], draw, means[name])
+                _end_to_end(each, truth, alive[name], draw, means[name])
+                progress.advance(1)
     drawn = resamples(len(keep), evaluation.bootstrap, seed)
     confidence = evaluation.confidence
     return {name: list(each.measurements(replacements[name].inputs, drawn, confidence)) for name, each in means.items()}

@@ -158,12 +158,12 @@ class Target(ABC):
     def final(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """What the LM head reads: `logits` is `head` of it. SettingError where a target cannot say."""
         raise SettingError(
-            f"spd needs what the LM head reads, and {self.name} does not show it; write target.kind=huggingface"
+            f"what the LM head reads is needed, and {self.name} does not show it; write target.kind=huggingface"
         )
 
     def head(self, final: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Logits from what the LM head reads, a few rows at a time where all would not fit."""
-        raise SettingError(f"spd needs the LM head, and {self.name} does not show it; write target.kind=huggingface")
+        raise SettingError(f"the LM head is needed, and {self.name} does not show it; write target.kind=huggingface")
 
     def place_of_map(self, name: str) -> tuple[Site | None, Site]:
         """Of the part of the model that a linear map, named by the path of its module, belongs to: the site that the part
