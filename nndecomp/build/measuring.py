@@ -82,12 +82,35 @@ def scores(rows: "DataFrame") -> dict[str, float]:
 
 
 def reported(rows: "DataFrame", out: Path) -> dict[str, float]:
-    """Writes the rows, draws the Pareto figure, writes and prints the table, and returns the scores."""
-    from nndecomp.report import figures, style, tables  # late: matplotlib and pandas are slow to import
+    """Writes the rows, draws the Pareto figure, writes and prints the table, and returns the scores.
+
+    Where families have fronts to compare, these too, and the areas under them.
+    """
+    from nndecomp.report import figures, fronts, style, tables  # late: matplotlib and pandas are slow to import
 
     write_rows(rows, out / "rows.parquet")
     style.save(figures.pareto(rows), out / "figures", "pareto")
     table = tables.summary(rows)
     write_text(out / "table.md", tables.markdown(table))
     print(tables.terminal(table), *tables.notices(rows), sep="\n")
+    if fronts.measured_inputs(rows):
+        report_fronts(rows, out)
     return scores(rows)
+
+
+def report_fronts(rows: "DataFrame", out: Path) -> None:
+    """Draws the front of each family; writes the areas under them, as numbers and as a table, and prints the last one."""
+    from nndecomp.report import front_figures, fronts, style, tables
+
+    style.save(front_figures.figure(rows), out / "figures", "fronts")
+    found = fronts.areas(rows)
+    write_text(out / "areas.csv", tables.comma_separated(found))
+    measured = fronts.measured_inputs(rows)
+    by_inputs = [
+        f"{style.INPUTS[inputs]} inputs\n\n{tables.markdown(fronts.table(found, inputs))}" for inputs in measured
+    ]
+    notes = "".join(f"\n{sentence}\n" for sentence in fronts.left_out(found))
+    write_text(out / "areas.md", "\n".join(by_inputs) + notes)
+    said = fronts.table(found, measured[-1], ("active_per_reconstruction", "description_length"))
+    print(f"\nmean CE increase along the front, {style.INPUTS[measured[-1]]} inputs (areas.md has every x-axis)")
+    print(tables.terminal(said))

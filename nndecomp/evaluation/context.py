@@ -19,7 +19,8 @@ def context(cfg: RunConfig, target: Target, parts: Sequence[Replacement], run: s
     """Of a replacement, named `name` in its run, trained with `seed`."""
     match parts[0]:
         case SparseDictionary(spec=spec):
-            architecture, activation, k = spec.architecture, spec.activation.kind.value, spec.activation.k
+            architecture = f"skip_{spec.architecture}" if spec.skip else spec.architecture
+            activation, k = spec.activation.kind.value, spec.activation.k
             n_features = spec.groups[0].n_features
         case NeuronBaseline(k=k):
             architecture, activation = parts[0].family, Activation.topk.value

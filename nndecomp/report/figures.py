@@ -61,7 +61,7 @@ def _draw(rows: pandas.DataFrame, axes: Sequence[str], metric: str) -> Figure:
             panel.set_ylabel({"ce_increase": "CE increase (nats)", "fvu": "fraction of variance unexplained"}[metric])
         for panel in panels[len(axes) :]:
             panel.set_axis_off()
-        figure.suptitle(_title(points), x=0.01, ha="left", fontsize=10)
+        figure.suptitle(title(points), x=0.01, ha="left", fontsize=10)
         spare = panels[len(axes)] if len(axes) < len(panels) else None
         if spare is None:
             figure.legend(handles=_legend(points), loc="outside right upper", handlelength=3)
@@ -70,7 +70,7 @@ def _draw(rows: pandas.DataFrame, axes: Sequence[str], metric: str) -> Figure:
     return figure
 
 
-def _title(points: Sequence[Result]) -> str:
+def title(points: Sequence[Result]) -> str:
     context = points[0].context
     return (
         f"{context.target}, {layers_in_words(context.layers)} replaced (target CE {_mean(points, 'ce_clean'):.3f} nats)"
@@ -138,7 +138,7 @@ def _panel(panel: Axes, points: Sequence[Result], axis: str, metric: str, label_
     values = [*(e.value for e in estimates), *references.values()]
     panel.set_xscale("log")
     panel.set_xlabel(style.AXES[axis])
-    _scale_y(panel, values, [end for e in estimates for end in (e.low, e.high)])
+    scale_y(panel, values, [end for e in estimates for end in (e.low, e.high)])
     plain_ticks(panel)
     heights = {
         name: panel.transLimits.transform(panel.transScale.transform((1, y)))[1] for name, y in references.items()
@@ -160,7 +160,7 @@ def _panel(panel: Axes, points: Sequence[Result], axis: str, metric: str, label_
             )
 
 
-def _scale_y(panel: Axes, values: Sequence[float], ends: Sequence[float]) -> None:
+def scale_y(panel: Axes, values: Sequence[float], ends: Sequence[float]) -> None:
     """Linear for a narrow range of values; log for a wide one, symlog if some are not above 0.
 
     `ends` of intervals stretch a linear axis. On a log axis those that reach 0 run off the lower edge.

@@ -130,7 +130,7 @@ def _series(
     x, y = [point[0] for point in points], [point[1] for point in points]
     architecture = of_kind[0].context.architecture
     # Methods of one architecture (with a skip, without) share its colour. Dashes would mean clean inputs.
-    colour = style.colour(architecture, [architecture])
+    colour = style.colour(architecture.removeprefix("skip_"), [architecture])
     marker = MARKERS[methods.index(method) % len(MARKERS)]
     line = ":" if "skip" in method else "-"
     panel.vlines(x, [e.low for e in y], [e.high for e in y], color=colour, linewidth=1.2)

@@ -39,6 +39,9 @@ COLOURS = {
     "per_layer_sae": "#009E73",
     "crosscoder": "#CC79A7",
     "spd": "#E69F00",
+    "skip_per_layer_transcoder": "#56B4E9",
+    "skip_transcoder": "#0072B2",
+    "skip_cross_layer_transcoder": "#CC79A7",
     "neurons": GREY,
     "neurons_by_output_norm": "#3F3F3F",
     "neurons_by_attribution": "#ABABAB",
@@ -79,7 +82,9 @@ def colour(architecture: str, all_architectures: list[str]) -> str:
 
 
 def name(architecture: str) -> str:
-    return NAMES.get(architecture, architecture.replace("_", " "))
+    plain = architecture.removeprefix("skip_")
+    words = NAMES.get(plain, plain.replace("_", " "))
+    return words if plain == architecture else f"{words} with a skip"
 
 
 def in_order(architectures: Iterable[str]) -> list[str]:
