@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 from nndecomp.build.data import harvester
+from nndecomp.build.members import members
 from nndecomp.build.pursuing import pursued
 
 
@@ -53,8 +54,9 @@ def measured(
 ) -> "DataFrame":
     """Rows for each named replacement, on held-out text, read anew unless it is given; with those of evaluation.pursuit.
 
-    `seeds` are those of training, where they are not the run's.
+    `seeds` are those of training, where they are not those of the run's members.
     """
+    own_seeds = {name: member.seed for name, member in members(cfg).items()} | dict(seeds or {})
     again = pursued(cfg.evaluation.pursuit, replacements)
     trained_as = {**{name: name for name in replacements}, **{name: of for name, (of, _) in again.items()}}
     replacements = {**replacements, **{name: parts for name, (_, parts) in again.items()}}
@@ -62,7 +64,7 @@ def measured(
     text = heldout(cfg, target, writes) if text is None else text
     found = evaluate_all(target, replacements, text.tokens, text.keep, text.means, cfg.evaluation, cfg.seed)
     contexts = {
-        name: context(cfg, target, parts, run, name, (seeds or {}).get(trained_as[name], cfg.seed))
+        name: context(cfg, target, parts, run, name, own_seeds.get(trained_as[name], cfg.seed))
         for name, parts in replacements.items()
     }
     return join([table(contexts[name], measurements) for name, measurements in found.items()])

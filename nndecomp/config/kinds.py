@@ -29,7 +29,9 @@ class Ranking(Enum):
 
     activation = "activation"  # |h|
     output_norm = "output_norm"  # |h| times the norm of what the neuron writes
-    attribution = "attribution"  # |h dL/dh|, L the target's own loss on this token and those that follow
+    attribution = (
+        "attribution"  # |h dL/dh|, L the target's own loss on the text, averaged on the way from silent neurons
+    )
 
 
 class Activation(Enum):

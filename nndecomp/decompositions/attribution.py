@@ -1,14 +1,18 @@
 """Neurons ranked by what the model's own loss says of them: an oracle among baselines.
 
-    score of neuron i at position t = |h_t,i dL/dh_t,i|,  L = sum over u >= t of -log p(token u+1 | tokens to u)
+    score of neuron i at position t = |h_t,i  mean over a of dL/dx_t,i at x = a h|
+    L = sum over u of -log p(token u+1 | tokens to u), with x in the place of the neurons of all the layers
 
-To first order, what setting the neuron to 0 there, and nothing else, would add to the loss. The gradient is the target's
-own, from one backward pass of the undisturbed run. It sees what no other decomposition does: the token that is to be
-predicted, and all the text that follows. L counts every prediction of a position that counts, and nothing else; where none
-follows (the last position) all scores are 0, and |h| ranks.
+for a = 1/2m, 3/2m, ..., 1 - 1/2m: integrated gradients (Sundararajan, Taly & Yan 2017, arXiv 1703.01365, equation 1) on the
+straight line from silent neurons to those of the undisturbed run. Signed and without bars they add to what silencing
+all of them costs. The gradient at h alone (a = 1) says what silencing one neuron would do; with nearly all of them silent that
+is another question, and it ranks worse than |h| does. A post-norm undoes the scale a, and all that is left is that gradient.
+
+It sees what no other decomposition does: the token that is to be predicted, and all the text that follows. L counts
+predictions of positions that count, and nothing else; where none follows (the last position) all scores are 0, and |h| ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,29 +23,43 @@ from nndecomp.config.schema import Ranking
 from nndecomp.decompositions.base import LiveRun
 from nndecomp.decompositions.codes import Codes
 from nndecomp.decompositions.neurons import NeuronBaseline
-from nndecomp.targets.base import Replace, Target
+from nndecomp.targets.base import Target
 from nndecomp.types import Site
+
+STEPS = 5  # m; 20 rank as well as 5 do
 
 
 def loss_gradients(
-    target: Target, tokens: Int[Tensor, "batch pos"], counted: Bool[Tensor, "batch pos"], sites: Sequence[Site]
-) -> dict[Site, Float[Tensor, "batch pos width"]]:
-    """dL/dx at `sites`, L the summed cross-entropy of the tokens that are `counted`, each predicted by those before it."""
-    visited: dict[Site, Tensor] = {}
-
-    def watch(site: Site) -> Replace:
-        def keep(value: Tensor) -> Tensor:
-            # Weights are frozen: what comes before the first site has no gradient, and needs none.
-            visited[site] = value if value.requires_grad else value.detach().requires_grad_()
-            return visited[site]
-
-        return keep
-
-    with torch.enable_grad(), target.patch({site: watch(site) for site in sites}):
+    target: Target,
+    tokens: Int[Tensor, "batch pos"],
+    counted: Bool[Tensor, "batch pos"],
+    values: Mapping[Site, Float[Tensor, "batch pos _"]],
+) -> dict[Site, Float[Tensor, "batch pos _"]]:
+    """dL/dx of values x put in the place of what is at their sites, L the summed cross-entropy of the `counted` tokens."""
+    inputs = {site: value.detach().clone().requires_grad_() for site, value in values.items()}
+    with torch.enable_grad(), target.patch({site: lambda _, x=x: x for site, x in inputs.items()}):
         log_p = target.logits(tokens)[:, :-1].float().log_softmax(-1)
         loss = -(log_p.gather(-1, tokens[:, 1:, None])[..., 0] * counted[:, 1:]).sum()
-        gradients = torch.autograd.grad(loss, [visited[site] for site in sites])
-    return {site: gradient.float() for site, gradient in zip(sites, gradients, strict=True)}
+        return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
+
+
+def attributions(
+    target: Target,
+    tokens: Int[Tensor, "batch pos"],
+    counted: Bool[Tensor, "batch pos"],
+    values: Mapping[Site, Float[Tensor, "batch pos _"]],
+    steps: int = STEPS,
+) -> dict[Site, Float[Tensor, "batch pos _"]]:
+    """x times the mean of dL/dx on the way from 0 to x at the `counted` positions; others stay, and have none."""
+    here = counted[..., None].float()
+    sums = {site: torch.zeros_like(x) for site, x in values.items()}
+    for step in range(steps):
+        share = 1 - here * (1 - (step + 0.5) / steps)
+        for site, gradient in loss_gradients(
+            target, tokens, counted, {site: share * x for site, x in values.items()}
+        ).items():
+            sums[site] += gradient
+    return {site: here * x * sums[site] / steps for site, x in values.items()}
 
 
 class AttributedNeurons(NeuronBaseline):
@@ -59,18 +77,18 @@ class AttributedNeurons(NeuronBaseline):
         assert isinstance(x, Sequences) and x.tokens is not None, "attribution needs whole sequences and their text"
         counted = torch.zeros(x.tokens.numel(), dtype=torch.bool, device=x.tokens.device)
         counted[x.kept] = True
-        gradients = loss_gradients(self._target, x.tokens, counted.view_as(x.tokens), self.reads)
+        values = {site: x.values[..., self.read_layout.spans[site]] for site in self.reads}
+        found = attributions(self._target, x.tokens, counted.view_as(x.tokens), values)
         codes = []
         for g, site in enumerate(self.reads):
-            hidden = x[:, self.read_layout.spans[site]].rows()
-            scores = (hidden * x.at_kept(gradients[site])).abs()
+            hidden, scores = x.at_kept(values[site]), x.at_kept(found[site]).abs()
             scores = torch.where(scores.amax(1, keepdim=True) > 0, scores, hidden.abs())
             codes.append(self.keep_first(hidden, scores, g))
         return torch.cat([self.decode_layer(each, g) for g, each in enumerate(codes)], 1), Codes(tuple(codes))
 
     def live_obstacle(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return (
-            "attribution ranks neurons by the gradient of a loss that is only known when the run is over, and a run that "
+            "attribution ranks neurons by gradients of a loss that is only known when the run is over, and a run that "
             "is being changed is not"
         )
 

@@ -4,7 +4,7 @@
 
     activation    |h|
     output_norm   |h| |w|, w what the neuron writes when it is worth 1, before a post-norm if there is one
-    attribution   |h dL/dh|: see attribution.py
+    attribution   |h dL/dh|, averaged on the way from silent neurons to these: see attribution.py
 
 y_hat is computed by the model's own modules, so with k = d_mlp it is the model.
 """

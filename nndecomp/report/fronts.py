@@ -161,8 +161,12 @@ def table(found: pandas.DataFrame, inputs: str, axes: Sequence[str] = tuple(AXES
 
 
 def _heading(record: Mapping[str, Any]) -> str:
-    ends = (f"{record[end]:.3g}" if record[end] < 1000 else f"{record[end]:,.0f}" for end in ("x_low", "x_high"))
-    return f"{AXES[record['axis']]}, {' to '.join(ends)}"
+    return f"{AXES[record['axis']]}, {_reach(record, 'x')}"
+
+
+def _reach(record: Mapping[str, Any], of: str) -> str:
+    ends = (record[f"{of}_low"], record[f"{of}_high"])
+    return " to ".join(f"{end:.3g}" if end < 1000 else f"{end:,.0f}" for end in ends)
 
 
 def _cell(record: Mapping[str, Any]) -> str:
@@ -176,7 +180,7 @@ def left_out(found: pandas.DataFrame) -> list[str]:
     """Which families have no area, and why: one sentence each."""
     return [
         f"{style.name(r['family'])}, {style.INPUTS[r['inputs']]}: no area over {AXES[r['axis']]}, measured from "
-        f"{r['measured_low']:.4g} to {r['measured_high']:.4g} with every seed, not from {r['x_low']:.4g} to {r['x_high']:.4g}"
+        f"{_reach(r, 'measured')} with every seed, not from {_reach(r, 'x')}"
         for r in records_of(found)
         if math.isnan(r["area"])
     ]
