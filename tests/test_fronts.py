@@ -97,6 +97,17 @@ def test_a_family_that_does_not_span_the_range_of_the_others_has_no_area_and_is_
     assert "crosscoder, live: no area over active components per module, measured from 9 to 9 with every seed, not from 4 to 16" in said  # fmt: skip
 
 
+def test_an_axis_without_a_common_range_is_named():
+    rows = rows_of(*TWO)
+    apart = (rows.metric == "active_parameters") & (rows.architecture == "spd")
+    rows.loc[apart, "value"] *= 1000
+    found = areas(rows)
+    assert "active_parameters" not in set(found.axis)
+    assert left_out(found) == [
+        "live: no areas over active parameters, since no two families were measured over a common factor of 2"
+    ]
+
+
 def test_the_common_range_holds_as_many_families_as_possible_and_is_then_as_wide_as_possible():
     def range_of(*ends: tuple[float, float]) -> tuple[float, float] | None:
         points = [(f"f{i}", 0, x, y) for i, (a, b) in enumerate(ends) for x, y in ((a, 2.0), (b, 1.0))]

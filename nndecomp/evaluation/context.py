@@ -26,7 +26,7 @@ def context(cfg: RunConfig, target: Target, parts: Sequence[Replacement], run: s
             architecture, activation = parts[0].family, Activation.topk.value
             n_features = parts[0].costs[0].n_components
         case GatedParameters(gate=gate):
-            architecture, activation = SPD, gate.kind.value
+            architecture, activation = f"{SPD}_with_delta" if gate.delta else SPD, gate.kind.value
             k = (gate.value,) if gate.kind in (GateKind.topk, GateKind.topk_all) and gate.value is not None else ()
             n_features = parts[0].costs[0].n_components
         case other:

@@ -53,7 +53,8 @@ def _draw(rows: pandas.DataFrame, axes: Sequence[str], metric: str) -> Figure:
     with matplotlib.rc_context(style.RC):
         columns = min(len(axes), 3)
         lines = -(-len(axes) // columns)
-        figure = Figure(figsize=(6.4, 3.8) if len(axes) == 1 else (9.6, 3.1 * lines), layout="constrained")
+        beside = 2.4 * (len(axes) % columns == 0)  # for the legend, where no panel is empty
+        figure = Figure(figsize=(6.4, 3.8) if len(axes) == 1 else (9.6 + beside, 3.1 * lines), layout="constrained")
         panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
         for panel, axis in zip(panels, axes, strict=False):
             _panel(panel, points, axis, metric, label_references=axis == axes[0])

@@ -177,8 +177,14 @@ def _cell(record: Mapping[str, Any]) -> str:
 
 
 def left_out(found: pandas.DataFrame) -> list[str]:
-    """Which families have no area, and why: one sentence each."""
-    return [
+    """Which axes have no areas, and which families, and why: one sentence each."""
+    without = [
+        f"{style.INPUTS[inputs]}: no areas over {label}, since no two families were measured over a common factor of {MIN_RANGE:g}"
+        for inputs in dict.fromkeys(found.inputs)
+        for axis, label in AXES.items()
+        if axis not in set(found[found.inputs == inputs].axis)
+    ]
+    return without + [
         f"{style.name(r['family'])}, {style.INPUTS[r['inputs']]}: no area over {AXES[r['axis']]}, measured from "
         f"{_reach(r, 'measured')} with every seed, not from {_reach(r, 'x')}"
         for r in records_of(found)

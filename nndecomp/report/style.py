@@ -39,6 +39,7 @@ COLOURS = {
     "per_layer_sae": "#009E73",
     "crosscoder": "#CC79A7",
     "spd": "#E69F00",
+    "spd_with_delta": "#882255",
     "skip_per_layer_transcoder": "#56B4E9",
     "skip_transcoder": "#0072B2",
     "skip_cross_layer_transcoder": "#CC79A7",
@@ -48,7 +49,7 @@ COLOURS = {
     "principal_directions": "#8C564B",
     "random_directions": "#C9A08D",
 }
-OTHER = ("#000000", "#F0E442", "#882255")
+OTHER = ("#000000", "#F0E442", "#332288")
 # Never trained; they stand last in legends and tables.
 BASELINES = (
     *("neurons", "neurons_by_output_norm", "neurons_by_attribution"),
@@ -60,6 +61,7 @@ NAMES = {
     "sae": "SAE",
     "per_layer_sae": "per-layer SAEs",
     "spd": "SPD",
+    "spd_with_delta": "SPD with delta",
     "neurons": "neurons",
     "neurons_by_output_norm": "neurons by output norm",
     "neurons_by_attribution": "neurons by attribution",
@@ -70,8 +72,8 @@ AXES = {
     "active_per_module": "active components per module",
     "active_per_reconstruction": "active components per written site",
     "active_parameters": "active parameters",
-    "active_parameters_with_gate": "active parameters, encoder or gate included",
-    "gate_parameters": "parameters of encoder or gate",
+    "active_parameters_with_gate": "active parameters, gate included",
+    "gate_parameters": "parameters of the gate (encoder)",
     "description_length": "description length (bits per token)",
 }
 
