@@ -1,5 +1,7 @@
 """Counted operations beside those of a formula, on models whose sizes can be multiplied by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from decomposition_parts import objective
@@ -106,6 +108,19 @@ def test_of_the_target_a_training_token_costs_the_layers_up_to_its_last_site(set
         (flops,) = build.training_flops(cfg, build.target(cfg)).values()
         assert flops.target == n * layer
         assert flops.objective == n * (2 * 64 * D + 4 * 2 * 4 * D) and flops.once == 0
+
+
+def test_of_the_target_a_parameter_decomposition_costs_what_its_predictions_are_made_from(settings: list[str]):
+    """The undisturbed run stops before the LM head; the rest is passes through a target that is changed."""
+    own = [each for each in settings if not each.startswith("decomposition.")]
+    cfg = compose("exp_023_train_spd_pile", [*own, "training.batch_tokens=64"])
+    assert cfg.spd is not None
+    cfg = replace(cfg, spd=replace(cfg.spd, maps={"h.0.mlp.c_fc": 6}, warmup_steps=3))
+    flops = build.parameter_flops(cfg, build.target(cfg))
+    assert flops.target == 4 * 2 * (4 * D * D + 2 * SEQ_LEN * D + 2 * D * D_MLP)
+    assert flops.objective > 3 * flops.target, "two losses, one of them with an adversary, there and back"
+    product, components = D * 6 * D_MLP, 6 * (D + D_MLP)
+    assert flops.once == 3 * (3 * 2 * product + UPDATE[Optimizer.adamw] * components)
 
 
 def test_end_to_end_the_target_is_passed_again_there_and_back(settings: list[str]):

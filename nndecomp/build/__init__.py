@@ -17,7 +17,7 @@ from nndecomp.build.comparing import Compared, activity, compared, reported_acti
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
 from nndecomp.build.faithful import check_faithful, faithful, finished, reported_faithfulness
 from nndecomp.build.finding import Pair, found_again, found_again_rows
-from nndecomp.build.flops import training_flops
+from nndecomp.build.flops import parameter_flops, training_flops
 from nndecomp.build.measuring import Heldout, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
 from nndecomp.build.parameters import (
@@ -43,6 +43,7 @@ from nndecomp.build.toys import decomposed_toy, recovered_toy, trained_toy
 from nndecomp.build.training import looking, trained, untrained
 
 __all__ = [
+    "parameter_flops",
     "reported_tail",
     "one_decomposition",
     "diagnosed",

@@ -10,12 +10,13 @@ from nndecomp.activations.sequences import Sequences
 from nndecomp.build.data import harvester, stream
 from nndecomp.build.end_to_end import attends, is_end_to_end, sequences
 from nndecomp.build.members import Member
+from nndecomp.build.parameters import objective, token_batches
 from nndecomp.build.settings import trainable
 from nndecomp.build.training import objectives_of
-from nndecomp.config.schema import ActivationsKind, RunConfig
+from nndecomp.config.schema import ActivationsKind, RunConfig, require
 from nndecomp.targets.base import Target
 from nndecomp.training.end_to_end import EndToEndObjective
-from nndecomp.training.flops import TrainingFlops, count, step_flops
+from nndecomp.training.flops import TrainingFlops, count, spd_flops, step_flops
 
 
 def training_flops(
@@ -30,23 +31,34 @@ def training_flops(
     return {name: _of(cfg, target, {name: member}) for name, member in members.items()}
 
 
+def parameter_flops(cfg: RunConfig, target: Target) -> TrainingFlops:
+    """Of the parameter decomposition of `spd`."""
+    spd = cfg.spd
+    require(
+        spd is not None,
+        "spd=null names no parameter decomposition whose training could be counted; write e.g. +spd=tiny",
+    )
+    assert spd is not None
+    return spd_flops(objective(cfg, spd, target), token_batches(cfg, target).next_batch(), cfg.training)
+
+
 def _of(cfg: RunConfig, target: Target, one: Mapping[str, Member]) -> TrainingFlops:
     objectives, sites = objectives_of(cfg, target, one)
     (local,), n_tokens = objectives.values(), cfg.training.batch_tokens
     if is_end_to_end(one):
         read = sequences(cfg, target, sites, one)
         clean = count(read.next_batch)
-        objective, optimiser = step_flops(EndToEndObjective(local, target), read.next_batch(), cfg.training)
-        return TrainingFlops(clean / n_tokens, objective / n_tokens, optimiser / n_tokens)
+        loss, optimiser = step_flops(EndToEndObjective(local, target), read.next_batch(), cfg.training)
+        return TrainingFlops(clean / n_tokens, loss / n_tokens, optimiser / n_tokens)
     if cfg.activations.kind is not ActivationsKind.live:
-        objective, optimiser = step_flops(local, stream(cfg, target, sites).next_batch(), cfg.training)
-        return TrainingFlops(0.0, objective / n_tokens, optimiser / n_tokens)
+        loss, optimiser = step_flops(local, stream(cfg, target, sites).next_batch(), cfg.training)
+        return TrainingFlops(0.0, loss / n_tokens, optimiser / n_tokens)
     read = harvester(cfg, target, sites)
     passes: list[Tensor] = []
     clean = count(lambda: passes.append(read.next_rows()))
     batch = _sequences(read, n_tokens) if attends(one) else _rows(read, passes[0], n_tokens)
-    objective, optimiser = step_flops(local, batch, cfg.training)
-    return TrainingFlops(clean / len(passes[0]), objective / n_tokens, optimiser / n_tokens)
+    loss, optimiser = step_flops(local, batch, cfg.training)
+    return TrainingFlops(clean / len(passes[0]), loss / n_tokens, optimiser / n_tokens)
 
 
 def _rows(read: Harvester, rows: Tensor, n: int) -> Tensor:
