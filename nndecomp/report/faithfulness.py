@@ -100,7 +100,7 @@ def figure(rows: pandas.DataFrame) -> Figure:
             if quantity == "cosine":
                 panel.set_xlim(min(0.0, panel.get_xlim()[0]), 1.02)
             else:
-                panel.set_xlim(0, None)
+                panel.set_xlim(0, 1.04 * panel.get_xlim()[1])
         panels[0].set_yticks(range(len(found)), list(found))
         panels[0].invert_yaxis()
         drawn.suptitle(_title(rows), x=0.01, ha="left", fontsize=10)

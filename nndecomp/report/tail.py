@@ -4,11 +4,14 @@ from collections.abc import Sequence
 
 import matplotlib
 import pandas
+from jaxtyping import Float
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from nndecomp.evaluation.bootstrap import Estimate
 from nndecomp.evaluation.tail import Choice, Kept, MapTail, Tail
 from nndecomp.report import style
+from nndecomp.report.figures import plain_ticks
 
 # Of each way of choosing what is kept: colour, marker, line.
 LOOKS = {
@@ -16,6 +19,7 @@ LOOKS = {
     Choice.rank: ("#0072B2", "s", "--"),
     Choice.random: (style.GREY, "^", ":"),
 }
+BANDS = 64  # of ranks, that a line joins
 SHADES = "viridis"  # of maps, in the order of the model
 
 
@@ -98,7 +102,8 @@ def figure(found: Tail, important: float) -> Figure:
         }
         for panel, (name, label) in zip(panels.flatten(), quantities.items(), strict=False):
             for each, colour in zip(found.maps, _shades(len(found.maps)), strict=True):
-                panel.plot(_ranks(each), getattr(each, name).tolist(), color=colour, linewidth=1.1, label=each.name)
+                x, y = _smooth(each, getattr(each, name))
+                panel.plot(x, y, color=colour, linewidth=1.3, label=each.name)
             panel.set_ylabel(label)
             panel.set_xlabel("rank / number of components")
             panel.set_xlim(0, 1)
@@ -111,14 +116,18 @@ def figure(found: Tail, important: float) -> Figure:
             cost.plot(x, [e.value for e in y], line, color=colour, marker=marker, label=choice.value)
         cost.set_xlabel("share of components kept, " + ("all maps at once" if where == "all" else where))
         cost.set_ylabel("CE increase (nats)")
-        cost.set_yscale("symlog", linthresh=0.1)
+        if all(each.ce_increase.low > 0 for each in found.kept if each.map == where):
+            cost.set_yscale("log")
+        plain_ticks(cost)
         cost.legend(title="kept")
         drawn.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return drawn
 
 
-def _ranks(each: MapTail) -> list[float]:
-    return [(rank + 1) / len(each.logit) for rank in range(len(each.logit))]
+def _smooth(each: MapTail, values: Float[Tensor, " C"]) -> tuple[list[float], list[float]]:
+    """Means over BANDS runs of ranks: single components scatter, and files stay small."""
+    bands, n = each.bands(BANDS), len(each.logit)
+    return [(band.start + band.stop) / 2 / n for band in bands], [values[band].mean().item() for band in bands]
 
 
 def _share(each: Kept) -> float:
