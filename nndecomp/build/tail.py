@@ -52,7 +52,7 @@ def reported_tail(cfg: RunConfig, found: Tail, out: Path) -> dict[str, float]:
     write_text(out / "table.md", "\n".join(map(tables.markdown, made.values())))
     for name, table in {**made, "components": report.components(found)}.items():
         write_text(out / f"{name}.csv", tables.comma_separated(table))
-    style.save(report.figure(found, settings.important), out / "figures", "tail")
+    style.save(report.figure(found, settings.important, cfg.target.path), out / "figures", "tail")
     whole = made["kept"].head(len(Choice))  # all maps at once; the rest is long, and in table.md
     print(tables.terminal(made["counts"]), tables.terminal(whole), sep="\n\n")
     return report.scores(found)

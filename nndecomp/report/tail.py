@@ -90,7 +90,7 @@ def scores(found: Tail) -> dict[str, float]:
     return leftover | damage
 
 
-def figure(found: Tail, important: float) -> Figure:
+def figure(found: Tail, important: float, target: str) -> Figure:
     """By rank, a line a map: mean logit, how often it is important, norm; and what dropping the rest costs, all maps at once."""
     with matplotlib.rc_context(style.RC):
         drawn = Figure(figsize=(9.6, 5.6), layout="constrained")
@@ -120,6 +120,7 @@ def figure(found: Tail, important: float) -> Figure:
             cost.set_yscale("log")
         plain_ticks(cost)
         cost.legend(title="kept")
+        drawn.suptitle(f"{target}: components by rank of their mean importance logit", x=0.01, ha="left", fontsize=10)
         drawn.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return drawn
 
