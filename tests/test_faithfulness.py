@@ -10,6 +10,8 @@ from spd_parts import decomposed
 from torch import Tensor
 from truth_parts import planted_settings
 
+from nndecomp import build
+from nndecomp.config.compose import compose
 from nndecomp.config.faithfulness import FaithfulnessConfig
 from nndecomp.config.schema import (
     Activation,
@@ -248,3 +250,26 @@ def test_what_does_not_replace_mlps_is_refused(target):
     sae = build_dictionary(config(**reads), target.shape, 0, CPU, "t").eval()
     with pytest.raises(SettingError, match="sae reads or writes L1.resid_post, so it does not replace the MLPs"):
         held("sae", target, sae)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["faithfulness.n_logits=999"], "faithfulness.n_logits=999 is more than the target's"),
+        (
+            [
+                "+compare.variants.pursuit={architecture: sae, activation: matching_pursuit, reads: [L1.mlp_out], writes: [L1.mlp_out]}"
+            ],
+            "finds codes step by step",
+        ),
+        (
+            ["+compare.variants.oracle={architecture: neurons, reads: [mlp_hidden], ranking: attribution}"],
+            "of oracle_k16 is known only",
+        ),
+        (["+compare.variants.attention={reads: [attn_in]}"], "attention_k16 reads or writes L0.attn_in"),
+    ],
+)
+def test_what_could_not_be_compared_is_refused_before_it_is_trained(target, more, sentence):
+    cfg = compose("exp_008_jacobian_faithfulness", ["+scale=smoke", *more])
+    with pytest.raises(SettingError, match=sentence):
+        build.check_faithful(cfg, target)
