@@ -1,6 +1,8 @@
 """Laws of what is compared with what, and how it is reported: exp_024."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +10,17 @@ from matplotlib.patches import Rectangle
 
 from nndecomp import build
 from nndecomp.build.canonical import pairs
-from nndecomp.config.compose import compose
+from nndecomp.config.compose import compose, dump, load
 from nndecomp.config.schema import CanonicalConfig
+from nndecomp.config.spd import ImportanceConfig, ImportanceKind
+from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
+from nndecomp.decompositions.spd.pretrained import save_parameters
 from nndecomp.errors import SettingError
 from nndecomp.evaluation.comparing_units import Comparison, Instance, Kind, Pair, compare
 from nndecomp.evaluation.units import Activity, Units
 from nndecomp.report import canonical, canonical_figures
+from nndecomp.targets.base import Target
+from nndecomp.targets.maps import find_maps
 
 N_TOKENS, D = 600, 12
 SETTINGS = CanonicalConfig(n_null=1000)
@@ -150,3 +157,43 @@ def test_sizes_are_multiples_of_each_method_with_the_same_seeds():
     assert {each.times: member.config.n_features for each, member in made.items()} == {1: 64, 2: 128, 4: 256}
     assert all(each.seed == member.seed for each, member in made.items())
     assert {each.method for each in made} == {"sae", "transcoder", "clt"}
+
+
+def finished_run(directory: Path, target: Target, n: int, seed: int, *overrides: str) -> Path:
+    """What exp_023 leaves of `n` components in two maps."""
+    cfg = compose("exp_023_train_spd_pile", ["+scale=smoke", f"seed={seed}", *overrides])
+    directory.mkdir(parents=True)
+    for name in ("scores.json", "provenance.json"):
+        (directory / name).write_text("{}")
+    (directory / "config.yaml").write_text(dump(cfg))
+    maps = find_maps(target.module(), {"h.1.mlp.c_fc": n // 2, "h.1.mlp.down_proj": n // 2})
+    importance = ImportanceConfig(kind=ImportanceKind.shared_mlp, hidden=[4])
+    save_parameters(ParameterDecomposition(maps, importance, seed), directory / "decompositions" / "spd", target.name)
+    return directory
+
+
+def test_parameter_decompositions_of_finished_runs_are_instances_by_size_and_seed(tmp_path: Path):
+    cfg = compose("exp_024_canonical_units", ["+scale=smoke"])
+    target = build.target(cfg)
+    assert build.component_instances(cfg, target) == {}
+    for times, seed in ((2, 1), (1, 0), (1, 1)):
+        finished_run(tmp_path / "runs" / f"{times}_{seed}", target, 16 * times, seed)
+    # Two seeds of one size, and one of the other.
+    with pytest.raises(SettingError, match=r"runs have seeds \[1\] and \[0, 1\] at their sizes|\[0, 1\] and \[1\]"):
+        build.component_instances(replace(cfg, runs=[str(tmp_path / "runs")]), target)
+    finished_run(tmp_path / "runs" / "2_0", target, 32, 0)
+    made = build.component_instances(replace(cfg, runs=[str(tmp_path / "runs")]), target)
+    assert list(made) == [Instance("spd", times, seed) for times in (1, 2) for seed in (0, 1)]
+    assert [sum(each.sizes.values()) for each in made.values()] == [16, 16, 32, 32]
+    finished_run(tmp_path / "runs" / "again", target, 16, 0)
+    with pytest.raises(SettingError, match="each with every seed once"):
+        build.component_instances(replace(cfg, runs=[str(tmp_path / "runs")]), target)
+
+
+def test_a_run_without_a_parameter_decomposition_is_refused(tmp_path: Path):
+    cfg = compose("exp_024_canonical_units", ["+scale=smoke", f"runs=[{tmp_path}/run]"])
+    target = build.target(cfg)
+    run = finished_run(tmp_path / "run", target, 16, 0)
+    (run / "config.yaml").write_text(dump(replace(load(run / "config.yaml"), spd=None)))
+    with pytest.raises(SettingError, match="trained no parameter decomposition"):
+        build.component_instances(cfg, target)

@@ -23,10 +23,11 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     settings = build.canonical_settings(cfg)
     instances = build.instances(cfg)
     target = build.target(cfg)
+    components = build.component_instances(cfg, target)
     by_name = build.trained(cfg, target, out, {each.name: member for each, member in instances.items()})
     trained = {each: by_name[each.name] for each in instances}
     starts = build.starts(cfg, target, instances)
-    units = build.units(cfg, target, {**trained, **starts, **build.baseline_instances(cfg, target)})
+    units = build.units(cfg, target, {**trained, **starts, **build.baseline_instances(cfg, target), **components})
     found = build.compared_units(cfg, units)
 
     lines = canonical.raw(found, settings.found)

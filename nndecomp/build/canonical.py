@@ -7,8 +7,10 @@ from itertools import combinations
 from nndecomp.activations.harvest import kept
 from nndecomp.build.baselines import baselines
 from nndecomp.build.members import Member, decompositions
-from nndecomp.build.settings import trainable
+from nndecomp.build.parameters import saved_parameters
+from nndecomp.build.settings import check_runs, trainable
 from nndecomp.build.training import untrained
+from nndecomp.config.compose import load
 from nndecomp.config.schema import CanonicalConfig, RunConfig, require
 from nndecomp.decompositions.base import Decomposition
 from nndecomp.decompositions.groups import SparseDictionary
@@ -54,6 +56,34 @@ def starts(cfg: RunConfig, target: Target, instances: Mapping[Instance, Member])
 def baseline_instances(cfg: RunConfig, target: Target) -> dict[Instance, Decomposition]:
     """What `compare` names and is not trained, such as the model's neurons: of one size, without a seed."""
     return {Instance(name, 1, 0): each for name, each in baselines(cfg, target).items()}
+
+
+def component_instances(cfg: RunConfig, target: Target) -> dict[Instance, ParameterDecomposition]:
+    """Parameter decompositions of `runs`: their sizes are multiples of the smallest, by all components together."""
+    made = {}
+    for run in check_runs(cfg) if cfg.runs else []:
+        there = load(run / "config.yaml")
+        require(
+            there.spd is not None, f"runs: {run} trained no parameter decomposition; name runs of exp_004 or exp_023"
+        )
+        made[run] = (saved_parameters(run, target), there.seed)
+    sizes = {run: sum(each.sizes.values()) for run, (each, _) in made.items()}
+    found: dict[Instance, ParameterDecomposition] = {}
+    for run, (each, seed) in made.items():
+        least = min(sizes.values())
+        instance = Instance("spd", sizes[run] // least, seed)
+        require(
+            sizes[run] % least == 0 and instance not in found,
+            f"runs: {run} has {sizes[run]} components and seed {seed}, beside {', '.join(map(str, sizes.values()))} in all; "
+            "sizes must be multiples of the smallest, each with every seed once",
+        )
+        found[instance] = each
+    seeds = {times: {each.seed for each in found if each.times == times} for times in {each.times for each in found}}
+    require(
+        all(own == next(iter(seeds.values())) for own in seeds.values()),
+        f"runs have seeds {' and '.join(str(sorted(own)) for own in seeds.values())} at their sizes, but each size needs the same",
+    )
+    return dict(sorted(found.items(), key=lambda item: (item[0].times, item[0].seed)))
 
 
 def method_architectures(cfg: RunConfig, compared: Iterable[Instance]) -> dict[str, str]:

@@ -81,7 +81,7 @@ def children(found: Sequence[Comparison], colours: Mapping[str, str]) -> Figure:
     sizes = sorted({each.pair.second.times for each in kept})
     width = 0.8 / len(sizes)
     with matplotlib.rc_context(style.RC):
-        drawn = Figure(figsize=(2.5 * len(methods) + 0.4, 3.0), layout="constrained")
+        drawn = Figure(figsize=(2.1 * len(methods) + 0.5, 3.0), layout="constrained")
         panels = drawn.subplots(1, len(methods), squeeze=False, sharey=True)[0]
         for panel, method in zip(panels, methods, strict=True):
             colour = style.colour(colours[method], list(dict.fromkeys(colours.values())))
