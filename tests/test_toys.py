@@ -256,3 +256,20 @@ def test_settings_that_cannot_work_are_refused_in_one_sentence(settings: list[st
 def test_a_toy_without_settings_of_its_decomposition_is_refused():
     with pytest.raises(SettingError, match="^spd=null says nothing of how the toy is decomposed"):
         build.check(replace(compose("exp_026_spd_toys"), spd=None), patches=False)
+
+
+# --- the gate ---
+
+
+@pytest.mark.slow
+def test_superposition_is_taken_apart_into_its_features(tmp_path: Path):
+    """exp_026's first toy with batches of 512 and 4000 steps, in place of 4096 and 10 000."""
+    cfg = compose("exp_026_spd_toys", ["training.batch_tokens=512", "training.n_tokens=2_048_000", "device=cpu"])
+    torch.manual_seed(cfg.seed)
+    toy = build.trained_toy(cfg, tmp_path / "toy")
+    values = scores(build.recovered_toy(cfg, toy, build.decomposed_toy(cfg, toy, tmp_path)))
+    for name in ("linear1", "linear2"):
+        assert values[f"mmcs/{name}"] > 0.99, values
+        assert values[f"errors/{name}"] == 0 and values[f"used/{name}"] == 5, values
+    assert 0.98 < values["ml2r/linear1"] < 1.02, values
+    assert 0.96 < values["ml2r/linear2"] < 1.02, values
