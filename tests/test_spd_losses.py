@@ -33,7 +33,7 @@ from nndecomp.config.spd import (
 )
 from nndecomp.decompositions.spd import masks
 from nndecomp.decompositions.spd.components import Components
-from nndecomp.decompositions.spd.losses import EPSILON, faithfulness, minimality, p_at
+from nndecomp.decompositions.spd.losses import faithfulness, minimality, p_at
 from nndecomp.decompositions.spd.sigmoids import LEAK, lower_leaky, upper_leaky
 from nndecomp.errors import SettingError
 from nndecomp.targets.maps import linear_map
@@ -247,7 +247,11 @@ def test_below_a_power_of_one_what_is_off_costs_and_moves_nothing_and_nothing_is
     (found,) = torch.autograd.grad(loss, q)
     assert bool(found.isfinite().all()) and found[0, :2].tolist() == [0.0, 0.0]
     assert bool((found[0, 2:] > 0).all())
-    assert EPSILON == 1e-12
+    off = torch.zeros(3, 5, requires_grad=True)
+    loss = minimality({"a": off}, None, 0.3, 0.0)
+    assert loss.item() == pytest.approx(5 * 1e-12**0.3)
+    (found,) = torch.autograd.grad(loss, off)
+    assert_close(found, torch.full((3, 5), 0.3 * 1e-12**-0.7 / 3), rtol=1e-4, atol=0)
 
 
 def test_powers_are_taken_in_float32():
@@ -450,8 +454,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     assert torch.equal(loss.detach(), terms["loss"])
 
 
-def test_active_components_are_those_strictly_above_zero():
-    """The fault: components at exactly 0 counted, which are all that are off."""
+def test_active_components_are_those_strictly_above_zero_and_minimality_sees_how_far_above_one():
+    """The faults: components at exactly 0 counted, which are all that are off; the penalty of what masks are made of."""
     model = chain(4, 6)
     made = objective_on_vectors(model, {"r": loss_term(Masks.ones)})
     importance = made.decomposition.importance
@@ -459,7 +463,9 @@ def test_active_components_are_those_strictly_above_zero():
         for parameter in importance.parameters():
             parameter.zero_()
         dict(importance.named_parameters())["functions.0.b.1"].copy_(torch.tensor([0.0, -1.0, 1e-6, 0.5, 2.0]))
-    assert made.loss(X, 0.0)[1]["l0/0"].item() == 3.0
+    terms = made.loss(X, 0.0)[1]
+    assert terms["l0/0"].item() == 3.0
+    assert terms["minimality"].item() == pytest.approx(0.25 + 1.01**2)
 
 
 def test_a_language_model_reconstructed_by_everything_has_no_loss():

@@ -7,6 +7,7 @@ vectors           mean over entries of (y - y_hat)^2
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -75,24 +76,13 @@ class LanguageModel:
         reference: Float[Tensor, "position _"],
         weights: Float[Tensor, " position"],
         known: bool,
-        gradient: Float[Tensor, "position d_model"] | None,
     ) -> Float[Tensor, ""]:
-        """sum of weights * KL; known: `reference` are log-probabilities. The gradient by `rows`, (weights * (q - p)) taken back
-        through the head, is written into `gradient`.
-        """
-        log_p = reference if known else self._log_p(reference)
-        with torch.set_grad_enabled(gradient is not None):
-            rows = rows.detach().requires_grad_(gradient is not None)
-            logits = self.target.head(rows)
+        """sum of weights * KL; known: `reference` are log-probabilities."""
         with torch.no_grad():
-            log_q, p = logits.float().log_softmax(-1), log_p.exp()
-            value = (weights * (p * (log_p - log_q)).sum(-1)).sum()
-            if gradient is not None:
-                upstream = log_q.exp_().sub_(p).mul_(weights.unsqueeze(-1)).to(logits.dtype)
-                gradient.copy_(torch.autograd.grad(logits, rows, upstream)[0])
-        return value
+            log_p = reference if known else self._log_p(reference)
+        each = F.kl_div(self._log_p(rows), log_p, reduction="none", log_target=True).sum(-1)
+        return (weights * each).sum()
 
-    @torch.no_grad()
     def _log_p(self, rows: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocab"]:
         return self.target.head(rows).float().log_softmax(-1)
 
@@ -104,12 +94,16 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, reference: Tensor, weights: Tensor, language: LanguageModel
     ) -> Float[Tensor, ""]:
-        gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        values, known = [], len(rows) <= language.chunk
+        wanted, known, values = ctx.needs_input_grad[0], len(rows) <= language.chunk, []
+        gradient = torch.empty_like(rows) if wanted else None
         for start in range(0, len(rows), language.chunk):
             part = slice(start, start + language.chunk)
-            room = None if gradient is None else gradient[part]
-            values.append(language.kl(rows[part], reference[part], weights[part], known, room))
+            own = rows[part].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                value = language.kl(own, reference[part], weights[part], known)
+            if gradient is not None:
+                gradient[part] = torch.autograd.grad(value, own)[0]
+            values.append(value.detach())
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return torch.stack(values).sum()

@@ -92,5 +92,5 @@ def routes_of(gates: Gates, cfg: ReconstructionConfig) -> list[Routes]:
 def subset(n_maps: int, rows: tuple[int, ...], device: torch.device) -> Bool[Tensor, "map *rows"]:
     """At each position k of the maps, k even in 1 .. n_maps, and each set of k as likely as any other."""
     k = torch.randint(1, n_maps + 1, rows, device=device)
-    rank = torch.rand(n_maps, *rows, device=device).argsort(0).argsort(0)
-    return rank < k
+    permutation = torch.rand(n_maps, *rows, device=device).argsort(0)
+    return permutation < k
