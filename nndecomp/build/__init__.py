@@ -14,6 +14,7 @@ from nndecomp.build.canonical import (
     starts,
     units,
 )
+from nndecomp.build.collecting import Collected, collected
 from nndecomp.build.comparing import Compared, activity, compared, reported_activity, reported_difference
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
 from nndecomp.build.faithful import check_faithful, faithful, finished, reported_faithfulness
@@ -48,6 +49,7 @@ __all__ = [
     "reported_tail",
     "one_decomposition",
     "diagnosed",
+    "Collected",
     "Compared",
     "Heldout",
     "Member",
@@ -60,6 +62,7 @@ __all__ = [
     "check_faithful",
     "check_length",
     "check_runs",
+    "collected",
     "compared",
     "compared_units",
     "component_instances",

@@ -1,6 +1,6 @@
 """Settings -> a parameter decomposition, trained, and the gates behind which it is measured."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from nndecomp.training.loop import train
 from nndecomp.training.parameters import SPDObjective
 from nndecomp.training.state import saved_steps
 from nndecomp.training.subjects import LanguageModel
+from nndecomp.types import Site
 
 NAME = "spd"  # of the parameter decomposition in its run
 
@@ -80,11 +81,17 @@ def gates(cfg: EvaluationConfig) -> list[Gate]:
 
 
 def gated(
-    cfg: EvaluationConfig, target: Target, decompositions: Mapping[str, ParameterDecomposition]
+    cfg: EvaluationConfig,
+    target: Target,
+    decompositions: Mapping[str, ParameterDecomposition],
+    writes: Sequence[Site] | None = None,
 ) -> dict[str, GatedParameters]:
-    """Each behind each gate, as `<name>_<gate>`; a gate for more components than there are is left out."""
+    """Each behind each gate, as `<name>_<gate>`; a gate for more components than there are is left out.
+
+    writes: only maps that take part in these sites are gated, the others stay as they are; null: all.
+    """
     return {
-        f"{name}_{gate.name}": GatedParameters(each, target, gate)
+        f"{name}_{gate.name}": GatedParameters(each, target, gate, writes)
         for name, each in decompositions.items()
         for gate in gates(cfg)
         if fits(gate, each)

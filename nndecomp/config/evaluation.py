@@ -32,7 +32,8 @@ class EvaluationConfig:
     # pursuit, k features a group, with errors in units of raw activations. Named <name>_pursuit<k>.
     pursuit: list[int] = field(default_factory=list)
     # Gates of parameter decompositions, each measured on its own beside the importances themselves: components with an
-    # importance above a threshold, the k largest of each map, the k largest of all maps together.
+    # importance above a threshold, the k largest of each map, the k largest of all maps together. Where finished runs are
+    # evaluated, topk is of dictionaries too: the k largest features of each group in place of their own selection.
     thresholds: list[float] = field(default_factory=lambda: [0.0, 0.5])
     topk: list[int] = field(default_factory=list)
     topk_all: list[int] = field(default_factory=list)

@@ -69,6 +69,30 @@ def _with_activation(dictionary: SparseDictionary, activation: ActivationSpec) -
     return made.eval()
 
 
+_RANKED = (Activation.relu, Activation.topk, Activation.batchtopk, Activation.jumprelu)
+
+
+def topk_obstacle(dictionary: SparseDictionary, k: int) -> str | None:
+    """Why the k largest features of each token and group cannot take the place of its own selection, or None if they can."""
+    spec, smallest = dictionary.spec, min(group.n_features for group in dictionary.spec.groups)
+    if spec.activation.kind not in _RANKED:
+        return f"activation={spec.activation.kind.value} does not rank features by one number"
+    if k > smallest:
+        return f"k={k} is more than the {smallest} features of the smallest group"
+    if spec.activation.kind is Activation.topk and set(spec.activation.k) == {k}:
+        return f"k={k} is what it was trained with"
+    return None
+
+
+def to_topk(dictionary: SparseDictionary, k: int) -> SparseDictionary:
+    """The same weights, each token keeping the k largest features of each group, whatever the activation function selected:
+    one trained dictionary at any sparsity."""
+    obstacle = topk_obstacle(dictionary, k)
+    require(obstacle is None, f"{obstacle}")
+    spec = replace(dictionary.spec.activation, kind=Activation.topk, k=(k,) * len(dictionary.groups), scope=Scope.group)
+    return _with_activation(dictionary, spec)
+
+
 def pursuit_obstacle(dictionary: SparseDictionary) -> str | None:
     """Why a pursuit cannot encode for a dictionary, or None if it can."""
     spec = dictionary.spec

@@ -43,10 +43,17 @@ class ActiveComponents:
 
 
 class GatedParameters(Replacement):
-    def __init__(self, decomposition: ParameterDecomposition, target: Target, gate: Gate) -> None:
+    """`writes`: only maps that take part in these sites are gated, the others stay as they are; null: all maps."""
+
+    def __init__(
+        self, decomposition: ParameterDecomposition, target: Target, gate: Gate, writes: Sequence[Site] | None = None
+    ) -> None:
         super().__init__()
         self._decomposition, self._target, self.gate = decomposition, target, gate
-        self.places = {name: target.place_of_map(name) for name in decomposition.maps}
+        places = {name: target.place_of_map(name) for name in decomposition.maps}
+        self._all_sites = sorted({site for place in places.values() for site in place if site is not None})
+        self.places = {n: place for n, place in places.items() if writes is None or place[1] in writes}
+        assert self.places, f"no decomposed map takes part in {', '.join(map(str, writes or ()))}"
         self.reads = tuple(sorted({read for read, _ in self.places.values() if read is not None}))
         self.writes = tuple(sorted({write for _, write in self.places.values()}))
         width = target.shape.width
@@ -54,7 +61,9 @@ class GatedParameters(Replacement):
         self.write_layout = Layout.of({site: width(site) for site in self.writes})
         weights = decomposition.importance.gate_weights(decomposition.sizes)  # pyright: ignore[reportCallIssue]
         self.costs = tuple(
-            self._cost(each, C, gating) for (each, C), gating in zip(decomposition.sizes.items(), weights, strict=True)
+            self._cost(each, C, gating)
+            for (each, C), gating in zip(decomposition.sizes.items(), weights, strict=True)
+            if each.name in self.places
         )
         self.eval()
 
@@ -64,7 +73,7 @@ class GatedParameters(Replacement):
 
     def with_gate(self, gate: Gate) -> "GatedParameters":
         """The same components behind another gate."""
-        return GatedParameters(self._decomposition, self._target, gate)
+        return GatedParameters(self._decomposition, self._target, gate, self.writes)
 
     def _cost(self, linear: LinearMap, C: int, gate_weights: int) -> GroupCost:
         # Of an embedding only one row of V is read.
@@ -95,8 +104,9 @@ class GatedParameters(Replacement):
     def _clean(self, tokens: Int[Tensor, "batch pos"]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[Site, Tensor]]:
         inputs: dict[str, Tensor] = {}
         with torch.no_grad(), self._decomposition.recording(inputs):
-            values = self._target.record(tokens, sorted({*self.reads, *self.writes}))
-            return self.gate.open_all(self._decomposition.importances(inputs)), values
+            values = self._target.record(tokens, self._all_sites)
+            importances = self._decomposition.importances(inputs)
+            return self.gate.open_all({name: importances[name] for name in self.places}), values
 
     def answers(self, batch: Sequences) -> tuple[dict[Site, Float[Tensor, "token width"]], ActiveComponents]:
         """What each written site's part of the model returns with masked maps, given the undisturbed run's inputs.
@@ -146,7 +156,7 @@ class GatedParameters(Replacement):
 
             return substitute
 
-        maps = {n: each for n, each in self._decomposition.maps.items() if self.places[n][1] in sites}
+        maps = {n: self._decomposition.maps[n] for n, (_, write) in self.places.items() if write in sites}
         with substituting({each.module: stand_in(name, each.bias()) for name, each in maps.items()}):
             yield lambda: self._active(batch, found)
 
