@@ -1,0 +1,29 @@
+"""exp_006: what does each active component buy, with the last MLP of a 4-layer Pile model replaced? Evaluates finished runs; trains nothing.
+
+    python experiments/exp_006_pareto_pile/run.py 'runs=[<directories of finished runs>]'
+
+Dictionaries are measured with their own selection and with the k largest features for each k of evaluation.topk, parameter
+decompositions behind their thresholds and with the k largest components of each map, and of all maps together.
+"""
+
+from pathlib import Path
+
+from nndecomp.config.schema import RunConfig, require
+from nndecomp.run import experiment
+
+
+@experiment("exp_006_pareto_pile")
+def main(cfg: RunConfig, out: Path) -> dict[str, float]:
+    require(bool(cfg.runs), "runs=[] names no finished run; write 'runs=[output/<experiment>/<time>]'")
+
+    from nndecomp import build  # late: loads torch, which --help does without
+
+    target = build.target(cfg)
+    found = build.collected(cfg, target)
+    replacements = found.replacements | {name: [each] for name, each in build.baselines(cfg, target).items()}
+    rows = build.measured(cfg, target, replacements, out.name, found.seeds)
+    return build.reported(rows, out)
+
+
+if __name__ == "__main__":
+    main()
