@@ -16,6 +16,7 @@ from nndecomp.build.canonical import (
 )
 from nndecomp.build.collecting import Collected, collected
 from nndecomp.build.comparing import Compared, activity, compared, reported_activity, reported_difference
+from nndecomp.build.compute import Spent, equal_compute, parameters_at_compute, with_tokens
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
 from nndecomp.build.faithful import check_faithful, faithful, finished, reported_faithfulness
 from nndecomp.build.finding import Pair, found_again, found_again_rows
@@ -110,5 +111,9 @@ __all__ = [
     "gates",
     "saved_parameters",
     "trained_parameters",
+    "Spent",
+    "equal_compute",
+    "parameters_at_compute",
+    "with_tokens",
     "world",
 ]

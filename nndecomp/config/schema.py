@@ -148,6 +148,8 @@ class RunConfig:
     ground_truth: GroundTruthConfig | None = None
     canonical: CanonicalConfig | None = None  # exp_024: how units of decompositions are compared
     spd: SPDConfig | None = None  # a parameter decomposition to train
+    # Training compute of each decomposition, in floating-point operations; training.n_tokens follows from it where it is given.
+    flops: float | None = None
     faithfulness: FaithfulnessConfig | None = None
     tail: TailConfig | None = None
     toy: ToyConfig | None = None  # what it is trained on, in place of `target`
@@ -155,6 +157,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        require(self.flops is None or self.flops > 0, f"flops={self.flops} must be a positive number, or null")
         require(self.threads is None or self.threads > 0, f"threads={self.threads} must be positive, or null")
         require(
             re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
