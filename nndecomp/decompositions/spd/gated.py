@@ -33,7 +33,7 @@ from nndecomp.types import Layout, Site
 class ActiveComponents:
     """By map: which components were active on each token."""
 
-    masks: tuple[Bool[Tensor, "token C"], ...]
+    masks: tuple[Bool[Tensor, "token _"], ...]
 
     def counts(self) -> Int[Tensor, "token group"]:
         return torch.stack([each.sum(1) for each in self.masks], 1)

@@ -30,7 +30,7 @@ class GateKind(Enum):
 @dataclass(frozen=True)
 class Gate:
     kind: GateKind
-    value: float | None = None  # threshold: above which; topk: k of each map; topk_all: k of all maps together
+    value: int | float | None = None  # threshold: above which; topk: k of each map; topk_all: k of all maps together
     delta: bool = False
 
     def __post_init__(self) -> None:
