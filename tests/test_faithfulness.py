@@ -30,13 +30,23 @@ from nndecomp.decompositions.neurons import NeuronBaseline
 from nndecomp.decompositions.spd.gated import GatedParameters
 from nndecomp.decompositions.spd.gates import Gate, GateKind
 from nndecomp.errors import SettingError
-from nndecomp.evaluation.faithfulness import by_token, cosine, faithfulness, places, random_masks, relative_error
+from nndecomp.evaluation.faithfulness import (
+    by_token,
+    cosine,
+    faithfulness,
+    last_logits,
+    logits_jacobian,
+    places,
+    random_masks,
+    relative_error,
+)
 from nndecomp.evaluation.held import held
 from nndecomp.targets.base import Target
 from nndecomp.targets.load import load_target
 from nndecomp.targets.modules import ModuleTarget
 from nndecomp.targets.planted import PlantedTarget
 from nndecomp.tokens.batch import Row, TokenBatch
+from nndecomp.types import Point, Site
 
 CPU = torch.device("cpu")
 LAYERS, D, D_MLP = (0, 1, 2, 3), 16, 64
@@ -214,6 +224,30 @@ def test_all_components_have_cosine_1_and_half_of_them_less_unless_masks_are_dra
         assert found["half"][f"l0_{scope}", "all"] == (D + D_MLP) / 4
         half, drawn = (found["half"][f"jacobian_cosine_{scope}{end}", "all"] for end in ("", "_stochastic"))
         assert half < 0.9 and half + 0.05 < drawn < 0.99, "masks of what is not important are 1/2 on average, not 0"
+
+
+def test_the_jacobian_of_the_logits_says_what_a_small_step_of_the_stream_does(target):
+    """Of the target, and of the target with its largest neurons held: along a random direction at the positions up to the last."""
+    batch, keep = text()
+    (place,) = places(batch, keep, 1, 6, CPU, 0)
+    neurons = held("neurons", target, NeuronBaseline(target, LAYERS, [8] * 4))
+    stream, eps = Site(0, Point.resid_pre), 1e-2
+    x = target.record(place.tokens, [stream])[stream]
+    step = eps * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    top = last_logits(target, place).topk(3).indices
+
+    def moved(by: Tensor) -> Tensor:
+        with target.patch({stream: lambda value: value + by}):
+            return last_logits(target, place).gather(1, top)
+
+    with torch.no_grad():
+        for installed in (target.patch({}), neurons.installed(place, neurons.own_masks_replaced(place))):
+            with installed:
+                J = logits_jacobian(target, place, stream, x, top)
+                after = torch.arange(x.shape[1]) > place.at[:, None]
+                assert not J.transpose(1, 2)[after].any(), "no position sees a later one"
+                expected = (J * step[:, None]).sum((2, 3))
+                torch.testing.assert_close(expected, (moved(step) - moved(-step)) / 2, rtol=0.03, atol=3e-3)
 
 
 def test_random_active_sets_have_as_many_units_of_those_that_live():

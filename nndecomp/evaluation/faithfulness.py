@@ -8,11 +8,13 @@ J of the target and J' of a replacement, [d_out, d_in], at the same point of the
     local           J = d mlp_out / d mlp_in of one layer at one token, the active sets those of the undisturbed run
     end to end      J = d (logits of the target's n most likely next tokens at one position of a sequence)
                       / d (residual stream that enters the first replaced layer, at all positions up to that one),
-                    all layers replaced at once from what arrives, the active sets those of this run
+                    all layers replaced at once from what arrives, the active sets those of this run (of parameter
+                    decompositions: of the undisturbed run, as in their training)
 
 Beside its own active set each replacement is measured with a random one: as many units on every token and in every module,
-drawn evenly from those that are active anywhere in the text; parameter decompositions also with the masks that training draws. End to end there is also the target without its MLPs: what is left to
-them is the residual stream itself, whose Jacobian every replacement has for nothing.
+drawn evenly from those that are active anywhere in the text; parameter decompositions also with masks as training draws them.
+End to end there is also the target without its MLPs: residual stream and attention are all that is left, and their part of the
+Jacobian every replacement has for nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -207,7 +209,8 @@ def faithfulness(
     seed: int,
 ) -> dict[str, list[Measurement]]:
     """Of each named replacement: `jacobian_{cosine, error}_{local, end_to_end}` with its own active sets, `.._random` with random
-    ones, `.._stochastic` with those that training draws, and end to end `.._zero` without MLPs; `l0_{local, end_to_end}`, active units of a module. Site `all`: over all layers.
+    ones, `.._stochastic` with those that training draws, and end to end `.._zero` without MLPs; `l0_{local, end_to_end}`,
+    active units of a module. Site `all`: over all layers.
     """
     sites = sorted({site for each in replacements.values() for site in _sites(each)})
     where = list(places(text, keep, cfg.tokens_per_seq, evaluation.batch_seqs, target.device, seed))
