@@ -60,8 +60,9 @@ def kind_of(module: nn.Module) -> MapKind | None:
 
 
 def linear_map(name: str, module: nn.Module) -> LinearMap:
-    kind, shape = kind_of(module), tuple(module.weight.shape)  # pyright: ignore[reportCallIssue, reportArgumentType, reportAttributeAccessIssue]
+    kind = kind_of(module)
     assert kind is not None, f"{name} is a {type(module).__name__}, not a linear map"
+    shape = tuple(module.weight.shape)  # pyright: ignore[reportCallIssue, reportArgumentType, reportAttributeAccessIssue]
     d_in, d_out = reversed(shape) if kind is MapKind.linear else shape
     return LinearMap(name, module, kind, d_in, d_out)
 

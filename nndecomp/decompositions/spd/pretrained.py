@@ -17,7 +17,7 @@ from nndecomp.config.checks import require
 from nndecomp.config.spd import ImportanceConfig, ImportanceKind
 from nndecomp.decompositions.pretrained import check_fit, config_of, read_weights, source_directory, write_pretrained
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
-from nndecomp.targets.maps import LinearMap, linear_map
+from nndecomp.targets.maps import LinearMap, kind_of, linear_map
 
 FORMAT = "nndecomp.ParameterDecomposition"
 FORMAT_VERSION = 1
@@ -56,7 +56,10 @@ def load_parameters(source: str | Path, model: nn.Module) -> ParameterDecomposit
     modules = dict(model.named_modules())
     maps: dict[LinearMap, int] = {}
     for fact in config["maps"]:
-        require(fact["name"] in modules, f"{source} decomposes {fact['name']}, which this model does not have")
+        require(
+            fact["name"] in modules and kind_of(modules[fact["name"]]) is not None,
+            f"{source} decomposes {fact['name']}, a linear map that this model does not have",
+        )
         linear = linear_map(fact["name"], modules[fact["name"]])
         here, norm = _fact(linear, fact["n_components"]), fact.pop("norm")
         own = here.pop("norm")
