@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
+import pandas
 import pytest
 from experiment_parts import EXPERIMENTS, REPO, Finished, start
 from nbclient import NotebookClient
@@ -105,9 +106,21 @@ def test_the_sweep_trains_one_transcoder_a_layer(sweep: Path):
 
 def test_single_layers_become_one_set_that_replaces_all_mlps(pareto: Path):
     rows = read_rows(pareto / "rows.parquet")
-    assert set(rows.architecture) == {"per_layer_transcoder", "neurons"} and set(rows.layers) == {"0,1,2,3"}
+    baselines = {
+        "neurons",
+        "neurons_by_output_norm",
+        "neurons_by_attribution",
+        "principal_directions",
+        "random_directions",
+    }
+    assert set(rows.architecture) == {"per_layer_transcoder", *baselines} and set(rows.layers) == {"0,1,2,3"}
     assert {"clean", "live"} <= set(rows.inputs)
-    assert {"pareto", "pareto_axes", "fvu_against_l0"} == {path.stem for path in (pareto / "figures").glob("*.png")}
+    fronts = {"fronts", "fronts_clean", "fronts_live"}
+    drawn = {path.stem for path in (pareto / "figures").glob("*.png")}
+    assert drawn == {"pareto", "pareto_axes", "fvu_against_l0", *fronts}
+    areas = pandas.read_csv(pareto / "areas.csv")
+    assert baselines - {"neurons_by_attribution"} <= set(areas[areas.inputs == "live"].family)
+    assert "neurons by attribution" in (pareto / "areas.md").read_text()
 
 
 def test_layers_that_are_missing_from_the_runs_are_named(sweep: Path, out: Path):
@@ -129,7 +142,7 @@ def test_the_notebook_draws_the_front_from_the_rows(pareto: Path):
     parameters.source = f"run = {str(pareto)!r}"
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     drawn = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in str(output)]
-    assert len(drawn) == 3
+    assert len(drawn) == 6
 
 
 def test_the_quickstart_compares_all_methods_clean_and_live(out: Path):
