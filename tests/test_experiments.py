@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 from nndecomp.evaluation.rows import read_rows
 
 SWEEP, PARETO = "exp_010_train_transcoder_pile_sweep", "exp_011_pareto_trained_all_layers"
+TABLE = "exp_012_model_table"
 PEERS = "exp_025_parity_with_peers"
 # Three of the four values of k, and all layers, would be the same code again.
 NARROW = ["decomposition.k=8"]
@@ -86,7 +87,7 @@ def test_too_little_heldout_text_is_refused_before_training(tmp_path: Path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in (SWEEP, PARETO)])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in (SWEEP, PARETO, TABLE)])
 def test_every_experiment_runs_at_the_smallest_scale(name: str, out: Path):
     result = smoke(name, out / name, *QUICK.get(name, []))
     if name == PEERS and not all(map(find_spec, ("sae_lens", "dictionary_learning"))):
@@ -121,6 +122,21 @@ def test_single_layers_become_one_set_that_replaces_all_mlps(pareto: Path):
     areas = pandas.read_csv(pareto / "areas.csv")
     assert baselines - {"neurons_by_attribution"} <= set(areas[areas.inputs == "live"].family)
     assert "neurons by attribution" in (pareto / "areas.md").read_text()
+
+
+def test_the_table_of_a_sweep_has_a_line_a_run_and_part(sweep: Path, out: Path):
+    result = smoke(TABLE, out / TABLE, f"runs=[{sweep}]")
+    assert result.status == 0, result.err
+    table = pandas.read_csv(out / TABLE / "table.csv")
+    assert len(table) == 4 * 2 * 2, "layers, clean and live, the one part and the whole"
+    assert set(table.training_tokens) == {2560} and set(table.parameters) == {
+        128 * 64 * 2 + 64,
+        128 * 64 * 2 + 64 + 128,
+    }
+    assert all(f"transcoder, layer {layer}" in result.out for layer in range(4)), "told apart by what differs"
+    assert (out / TABLE / "figures" / "model_table.svg").is_file() and "| its layer alone |" in (
+        out / TABLE / "table.md"
+    ).read_text()
 
 
 def test_layers_that_are_missing_from_the_runs_are_named(sweep: Path, out: Path):

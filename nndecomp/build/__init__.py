@@ -23,6 +23,7 @@ from nndecomp.build.finding import Pair, found_again, found_again_rows
 from nndecomp.build.flops import parameter_flops, training_flops
 from nndecomp.build.measuring import Heldout, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
+from nndecomp.build.model_table import model_table, reported_table
 from nndecomp.build.parameters import (
     gated,
     gates,
@@ -46,6 +47,8 @@ from nndecomp.build.toys import decomposed_toy, recovered_toy, trained_toy
 from nndecomp.build.training import looking, trained, untrained
 
 __all__ = [
+    "model_table",
+    "reported_table",
     "parameter_flops",
     "reported_tail",
     "one_decomposition",
