@@ -14,11 +14,17 @@ from nndecomp.evaluation.rows import read_rows
 
 SWEEP, PARETO = "exp_010_train_transcoder_pile_sweep", "exp_011_pareto_trained_all_layers"
 TABLE = "exp_012_model_table"
+SPD = "exp_023_train_spd_pile"
+# Evaluate finished runs: of one layer, and of all.
+LAYERS = {"exp_005_pareto_gpt2": [3], "exp_006_pareto_pile": [3], "exp_007_pareto_pile_all_layers": None}
 PEERS = "exp_025_parity_with_peers"
 # Three of the four values of k, and all layers, would be the same code again.
 NARROW = ["decomposition.k=8"]
 # So would six worlds with three seeds.
 QUICK = {
+    "exp_004_train_spd_gpt2": ["spd.warmup_steps=5"],
+    SPD: ["spd.warmup_steps=5", "training.evaluate_every=5"],
+    "exp_028_train_at_equal_compute": ["~compare.variants.sae", "compare.seeds=[0]", "compare.k=[8]"],
     "exp_008_jacobian_faithfulness": [
         *("spd.warmup_steps=5", "evaluation.thresholds=[]"),
         *("~compare.variants.skip_transcoder", "~compare.variants.clt"),
@@ -69,6 +75,35 @@ def pareto(out: Path, sweep: Path) -> Path:
     return out / PARETO
 
 
+@pytest.fixture(scope="module")
+def parameters(out: Path) -> Path:
+    """A parameter decomposition of all MLPs."""
+    result = smoke(SPD, out / SPD, *QUICK[SPD])
+    assert result.status == 0, result.err
+    return out / SPD
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_dictionaries_and_parameters_of_finished_runs_stand_in_one_comparison(
+    name: str, out: Path, sweep: Path, parameters: Path
+):
+    layers = LAYERS[name]
+    dictionaries = sweep if layers is None else sweep / f"decomposition.k=8,decomposition.layers={layers}"
+    of_layers = [] if layers is None else [f"decomposition.layers={layers}"]
+    ks = ["evaluation.topk=[2,4]", "evaluation.topk_all=[6]", "evaluation.thresholds=[0.5]", "compare.k=[8]"]
+    result = smoke(name, out / name, f'runs=["{dictionaries}","{parameters}"]', *of_layers, *ks)
+    assert result.status == 0, result.err
+    rows = read_rows(out / name / "rows.parquet")
+    compared = ",".join(map(str, layers or range(4)))
+    assert set(rows.layers) == {compared}, "of other layers nothing is replaced"
+    families = {("spd", k) for k in (2, 4, 6)} | {
+        (one, k) for k in (2, 4, 8) for one in set(rows.architecture) - {"spd", "neurons"}
+    }
+    assert families <= set(zip(rows.architecture, rows.k, strict=True))
+    modules = rows[(rows.architecture == "spd") & (rows.metric == "l0") & (rows.inputs == "clean_gates")]
+    assert set(modules.site) == {f"L{n}.{m}" for n in layers or range(4) for m in ("c_fc", "down_proj")}
+
+
 def test_heldout_scores_on_the_way_end_at_those_of_the_finished_run(out: Path):
     result = smoke("exp_002_train_transcoder_ss", out / "looking", "training.evaluate_every=5")
     assert result.status == 0, result.err
@@ -87,7 +122,7 @@ def test_too_little_heldout_text_is_refused_before_training(tmp_path: Path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in (SWEEP, PARETO, TABLE)])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in (SWEEP, PARETO, TABLE, SPD, *LAYERS)])
 def test_every_experiment_runs_at_the_smallest_scale(name: str, out: Path):
     result = smoke(name, out / name, *QUICK.get(name, []))
     if name == PEERS and not all(map(find_spec, ("sae_lens", "dictionary_learning"))):
