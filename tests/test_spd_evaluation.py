@@ -209,7 +209,7 @@ def test_saved_and_loaded_it_answers_the_same_and_refuses_another_model(tmp_path
         other.module().get_parameter("h.0.mlp.c_fc.weight").mul_(1.5)
     with pytest.raises(SettingError, match="another model"):
         load_parameters(tmp_path / "spd", other.module())
-    with pytest.raises(SettingError, match=r"h\.1\.mlp\.c_fc, which this model does not have"):
+    with pytest.raises(SettingError, match=r"h\.1\.mlp\.c_fc, a linear map that this model does not have"):
         load_parameters(tmp_path / "spd", small_language_model(n_layers=1).module())
 
 
