@@ -104,14 +104,14 @@ def test_tables_say_what_was_looked_for_in_what(found: Sequence[Comparison]):
     assert canonical.split_table(lines)["split"].tolist() == ["0.0%", "100.0%"]
     between = canonical.method_table(lines, 0.7, 0.3)
     assert between["units of"].tolist() == ["sae", "spd c_fc"] and between["mean links"].tolist() == ["2.00", "1.00"]
-    assert canonical.scores(lines)["sae/×1_in_×2/split"] == 1
-    assert canonical.everywhere(found, 0.7) == {"sae/×1/in_every_seed": 1}
+    assert canonical.scores(lines)["sae/x1_in_x2/split"] == 1
+    assert canonical.everywhere(found, 0.7) == {"sae/x1/in_every_seed": 1}
 
 
 def test_a_unit_that_one_seed_lacks_is_not_in_every_seed(found: Sequence[Comparison]):
     lacking = ONE.of(torch.arange(15))
     other = compare(Pair(Kind.seed, Instance("sae", 1, 0), Instance("sae", 1, 2)), [ONE], [lacking], SETTINGS, 0, 20)
-    assert canonical.everywhere([*found, other], 0.7) == {"sae/×1/in_every_seed": 0.75}
+    assert canonical.everywhere([*found, other], 0.7) == {"sae/x1/in_every_seed": 0.75}
 
 
 def test_figures_have_a_panel_for_each_question(found: Sequence[Comparison]):

@@ -87,9 +87,10 @@ def component_instances(cfg: RunConfig, target: Target) -> dict[Instance, Parame
 
 
 def method_architectures(cfg: RunConfig, compared: Iterable[Instance]) -> dict[str, str]:
-    """By method, for its colour; kinds of component are methods of which no settings tell more than the name."""
+    """By method, for its colour; kinds of component are told apart by their names, but for the first."""
     known = {name.partition("_seed")[0]: each.architecture.value for name, each in decompositions(cfg).items()}
-    return {each.method: known.get(each.method, each.method) for each in compared}
+    components = list(dict.fromkeys(each.method for each in compared if each.method not in known))
+    return known | {method: "spd" if method == components[0] else method for method in components}
 
 
 def units(

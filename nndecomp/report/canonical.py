@@ -144,7 +144,7 @@ def everywhere(found: Sequence[Comparison], cutoff: float) -> dict[str, float]:
     for each in by_first:
         first_seeds.setdefault((each.method, each.times), each)
     return {
-        f"{method}/×{times}/in_every_seed": _share(in_every(by_first[first], cutoff))
+        f"{method}/x{times}/in_every_seed": _share(in_every(by_first[first], cutoff))
         for (method, times), first in first_seeds.items()
     }
 
@@ -153,7 +153,7 @@ def scores(lines: Sequence[Line]) -> dict[str, float]:
     """The few numbers by which runs are compared at a glance."""
     scores: dict[str, float] = {}
     for (method, kind, sizes), group in _grouped(lines, [Kind.seed, Kind.size]):
-        name, how = f"{method}/{sizes.replace(' ', '_')}", "best" if kind is Kind.size else "matched"
+        name, how = f"{method}/{sizes.replace(' ', '_').replace('×', 'x')}", "best" if kind is Kind.size else "matched"
         for by in ("weights", "activity"):
             scores[f"{name}/found_by_{by}"] = mean(group, f"{by}_{how}_found")
         scores[f"{name}/split"] = mean(group, "split")

@@ -72,14 +72,18 @@ def _found(panel: Axes, lines: Sequence[Line], kind: Kind, metric: str, colours:
 
 
 def children(found: Sequence[Comparison], colours: Mapping[str, str]) -> Figure:
-    """How many units of the other cover a unit of the smallest size: a panel a method, bars at the same size and in larger
-    ones; black lines are chance."""
+    """How many units of the other cover a unit of the smallest size: a panel for each method that has larger ones, bars at the
+    same size and in these; black lines are chance."""
     every = [each for each in found if each.pair.kind in LOOKS]
     smallest = min(each.pair.first.times for each in every)
     kept = [each for each in every if each.pair.first.times == smallest]
-    methods = list(dict.fromkeys(each.pair.first.method for each in kept))
+    methods = list(dict.fromkeys(each.pair.first.method for each in kept if each.pair.kind is Kind.size))
     sizes = sorted({each.pair.second.times for each in kept})
     width = 0.8 / len(sizes)
+
+    def factor(times: int) -> str:
+        return "" if times == smallest else f"{times // smallest} × "
+
     with matplotlib.rc_context(style.RC):
         drawn = Figure(figsize=(2.1 * len(methods) + 0.5, 3.0), layout="constrained")
         panels = drawn.subplots(1, len(methods), squeeze=False, sharey=True)[0]
@@ -97,7 +101,7 @@ def children(found: Sequence[Comparison], colours: Mapping[str, str]) -> Figure:
             panel.set_xlabel("units that cover it")
         panels[0].set_ylabel("share of units")
         handles: list[Artist] = [
-            Patch(color=style.GREY, alpha=1 / (1 + i), label=f"in one {times // smallest} × as large")
+            Patch(color=style.GREY, alpha=1 / (1 + i), label=f"in one {factor(times)}as large")
             for i, times in enumerate(sizes)
         ]
         handles.append(Line2D([], [], color="black", label="chance"))
