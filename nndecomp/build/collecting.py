@@ -27,11 +27,12 @@ class Collected:
     seeds: dict[str, int]
 
 
-def collected(cfg: RunConfig, target: Target) -> Collected:
+def collected(cfg: RunConfig, target: Target, again: bool = True) -> Collected:
     """Of the finished runs of `runs`, everything that takes the place of the MLPs of decomposition.layers (null: of all).
 
-    Transcoders (or SAEs) of single layers that are otherwise alike, seed included, become one dictionary. With evaluation.topk
-    each dictionary is measured again with the k largest features of each token and group in place of its own selection.
+    Transcoders (or SAEs) of single layers that are otherwise alike, seed included, become one dictionary. `again`: for each k of
+    evaluation.topk a dictionary stands there once more, with the k largest features of each token and group in place of its own
+    selection.
     """
     layers = cfg.decomposition.layers or list(range(target.shape.of(None).n_layers))
     parts: dict[str, list[SparseDictionary]] = {}
@@ -39,9 +40,9 @@ def collected(cfg: RunConfig, target: Target) -> Collected:
     seeds: dict[str, int] = {}
     for run in check_runs(cfg):
         trained = load(run / "config.yaml")
-        for directory in sorted(each for each in (run / "decompositions").iterdir() if each.is_dir()):
+        for directory in sorted(each.parent for each in run.rglob("decompositions/*/config.json")):
             if directory.name == NAME:
-                components = _parameters(cfg, target, run, layers)
+                components = _parameters(cfg, target, directory.parents[1], layers)
                 size = max(each.costs[0].n_components for each in components.values())
                 assert trained.spd is not None, f"{run} trained a parameter decomposition without settings for it"
                 for gate, each in components.items():
@@ -65,7 +66,7 @@ def collected(cfg: RunConfig, target: Target) -> Collected:
     whole = {name: together(name, each, layers) for name, each in parts.items()}
     for name, each in whole.items():
         found[name] = [each]
-        for k in cfg.evaluation.topk:
+        for k in cfg.evaluation.topk if again else ():
             if topk_obstacle(each, k) is None:
                 found[f"{name}_topk{k}"], seeds[f"{name}_topk{k}"] = [to_topk(each, k)], seeds[name]
     return Collected(found, seeds)
@@ -91,9 +92,9 @@ def _seed(name: str, of_run: int) -> int:
 def _name(dictionary: SparseDictionary, seed: int) -> str:
     spec = dictionary.spec
     architecture = ONE_LAYER.get(spec.architecture, spec.architecture)
-    skip = "_skip" if any(bank.W_skip is not None for bank in dictionary.banks) else ""
+    skip = "skip_" if spec.skip else ""
     k = "".join(f"_k{k}" for k in sorted(set(spec.activation.k)))
-    return f"{architecture}{skip}_{spec.activation.kind.value}{k}_n{spec.groups[0].n_features}_seed{seed}"
+    return f"{skip}{architecture}_{spec.activation.kind.value}{k}_n{spec.groups[0].n_features}_seed{seed}"
 
 
 def together(name: str, parts: list[SparseDictionary], layers: Sequence[int]) -> SparseDictionary:
