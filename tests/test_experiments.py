@@ -96,10 +96,9 @@ def test_dictionaries_and_parameters_of_finished_runs_stand_in_one_comparison(
     rows = read_rows(out / name / "rows.parquet")
     compared = ",".join(map(str, layers or range(4)))
     assert set(rows.layers) == {compared}, "of other layers nothing is replaced"
-    families = {("spd", k) for k in (2, 4, 6)} | {
-        (one, k) for k in (2, 4, 8) for one in set(rows.architecture) - {"spd", "neurons"}
-    }
-    assert families <= set(zip(rows.architecture, rows.k, strict=True))
+    (dictionary,) = set(rows.architecture) & {"transcoder", "per_layer_transcoder"}
+    found = set(zip(rows.architecture, rows.k, strict=True))
+    assert {("spd", 2), ("spd", 4), ("spd", 6), (dictionary, 2), (dictionary, 4), (dictionary, 8)} <= found
     modules = rows[(rows.architecture == "spd") & (rows.metric == "l0") & (rows.inputs == "clean_gates")]
     assert set(modules.site) == {f"L{n}.{m}" for n in layers or range(4) for m in ("c_fc", "down_proj")}
 
