@@ -19,7 +19,7 @@ from nndecomp.report.fronts import AXES, Family, at, common_range, families, mea
 from nndecomp.report.results import Result, results
 
 LABELS = {"ce_increase": "CE increase (nats)", "kl": "KL(target || replaced) (nats)"}
-STEPS = 100  # of log x, at which the mean over seeds is drawn
+STEPS = 60  # of log x, at which the mean over seeds is drawn
 
 
 def figure(rows: pandas.DataFrame, axis: str = "active_per_reconstruction", metric: str = "ce_increase") -> Figure:
