@@ -135,11 +135,11 @@ def test_a_setting_that_cannot_work_ends_as_one_line_and_status_2_and_leaves_not
     [
         ("activations.buffer_tokens=10", "activations.buffer_tokens=10 is too small"),
         ("activations.drop_first=32", "activations.drop_first=32 leaves nothing of tokens.seq_len=32"),
-        ("decomposition=neurons", "decomposition.architecture=neurons is a baseline"),
+        ("decomposition=neurons decomposition.activation=topk", "decomposition.architecture=neurons is a baseline"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(settings: list[str], setting: str, sentence: str):
-    jobs = command_line("exp_001_train_transcoder_pile", [*settings, setting]).jobs
+    jobs = command_line("exp_001_train_transcoder_pile", [*settings, *setting.split()]).jobs
     with pytest.raises(SettingError, match=sentence):
         run.check(jobs, trains=True)
 
