@@ -177,7 +177,7 @@ def test_layers_that_are_missing_from_the_runs_are_named(sweep: Path, out: Path)
     part = sweep / "decomposition.k=8,decomposition.layers=[1]"
     result = smoke(PARETO, out / "part", f'runs=["{part}"]')
     assert result.status == 2
-    assert "has no layer 0, 2, 3 of 4; add those runs" in result.err and len(result.err.splitlines()) == 1
+    assert "has no layer 0, 2, 3 of those compared; add those runs" in result.err and len(result.err.splitlines()) == 1
 
 
 def test_runs_of_another_target_are_refused(sweep: Path, out: Path):
