@@ -202,7 +202,8 @@ class LlamaSimpleMLP(nn.Module):
         """Weights are drawn from `generator`; without one they are whatever was in memory, for a load to fill."""
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.n_vocab, config.d_model, device="meta").to_empty(device="cpu")
+        # With no values yet, as in _linear.
+        self.wte = nn.Embedding.from_pretrained(torch.empty(config.n_vocab, config.d_model), freeze=False)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         self.lm_head = _linear(config.d_model, config.n_vocab)

@@ -5,12 +5,14 @@ on the same side. The standard library is split by the hash of the file's relati
 same name stays on its side in every version of Python; copies of a file are read once.
 """
 
+import os
 import sysconfig
 import tokenize
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -51,20 +53,36 @@ class Documents(Protocol):
 
 def stdlib_documents(root: Path | None = None) -> list[Document]:
     """The standard library's own modules, ordered by relative path, each distinct text once."""
-    root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    return list(_running_stdlib()) if root is None else _stdlib(root)
+
+
+@cache
+def _running_stdlib() -> tuple[Document, ...]:
+    """That of the interpreter, which does not change while it runs: read once, though both splits are of it."""
+    return tuple(_stdlib(Path(sysconfig.get_path("stdlib"))))
+
+
+def _stdlib(root: Path) -> list[Document]:
     documents, seen = [], set()
-    for name in sorted(paths):
-        # _sysconfigdata_* records how this one interpreter was built.
-        if _NOT_STDLIB & set(name.split("/")) or name.startswith("_sysconfigdata"):
-            continue
-        with tokenize.open(paths[name]) as file:
+    for name, path in sorted(_modules(root)):
+        with tokenize.open(path) as file:
             text = file.read()
         if text.strip() and text not in seen:
             seen.add(text)
             documents.append(Document(text, name.encode()))
     assert documents, f"no source text of the standard library in {root}"
     return documents
+
+
+def _modules(root: Path) -> Iterator[tuple[str, str]]:
+    """Relative and full path of each module. Installed packages lie below the library and are not even listed."""
+    for directory, below, files in os.walk(root):
+        below[:] = set(below) - _NOT_STDLIB
+        for path in (os.path.join(directory, file) for file in files if file.endswith(".py")):
+            name = Path(path).relative_to(root).as_posix()
+            # _sysconfigdata_* records how this one interpreter was built.
+            if not name.startswith("_sysconfigdata"):
+                yield name, path
 
 
 @dataclass(frozen=True)
