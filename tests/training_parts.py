@@ -38,6 +38,9 @@ class Regression(nn.Module):
     def before_step(self) -> None:
         pass
 
+    def clipped_apart(self) -> list[tuple[list[nn.Parameter], float]]:
+        return []
+
     def after_step(self) -> None:
         self.n_seen += 1
 

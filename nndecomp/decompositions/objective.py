@@ -144,6 +144,9 @@ class DictionaryObjective(nn.Module):
             assert bank.W_dec.grad is not None, f"group {bank.name} has no gradient; before_step follows backward"
             bank.W_dec.grad -= (bank.W_dec.grad * bank.W_dec).sum(1, keepdim=True) * bank.W_dec
 
+    def clipped_apart(self) -> list[tuple[list[nn.Parameter], float]]:
+        return []
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Decoder norms, the inference threshold, and liveness, from the batch of the last `loss`."""

@@ -172,6 +172,9 @@ class EndToEndObjective(nn.Module):
     def before_step(self) -> None:
         self.local.before_step()
 
+    def clipped_apart(self) -> Sequence[tuple[Sequence[nn.Parameter], float]]:
+        return self.local.clipped_apart()
+
     def after_step(self) -> None:
         self.local.after_step()
 

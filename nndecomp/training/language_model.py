@@ -39,6 +39,9 @@ class NextToken(nn.Module):
     def before_step(self) -> None:
         pass
 
+    def clipped_apart(self) -> list[tuple[list[nn.Parameter], float]]:
+        return []
+
     def after_step(self) -> None:
         pass
 

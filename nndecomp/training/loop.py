@@ -1,6 +1,6 @@
 """One loop for anything with a loss: several objectives on one stream, each with its own optimiser.
 
-    batch -> for each objective: loss, backward, before_step, clip, optimiser, after_step, take_resets
+    batch -> for each objective: loss, backward, before_step, clipped_apart, clip, optimiser, after_step, take_resets
 
 Between two log points nothing is asked of the device. A run that is killed, at whatever instant, and started again with
 the same output directory ends with the same weights and metrics, bit for bit, as one that never was.
@@ -59,6 +59,9 @@ class Trainee:
 
         norms = gradient_norms(parameters)
         self.window.add(loss, terms, norms)
+        for own, limit in self.objective.clipped_apart():
+            clip_gradients(own, gradient_norms(own).norm(), limit)
+            norms = gradient_norms(parameters)
         if self.cfg.clip_norm is not None:
             clip_gradients(parameters, norms.norm(), self.cfg.clip_norm)
 

@@ -12,8 +12,8 @@ from nndecomp.config.schema import TrainingConfig
 class Objective(Protocol):
     """Anything with a loss: an `nn.Module` whose parameters are trained and whose buffers are saved with them.
 
-    One step calls `loss`, backward, `before_step`, clipping, the optimiser, `after_step`, `take_resets`, in this order. Everything that
-    has to survive a restart lives in parameters and buffers.
+    One step calls `loss`, backward, `before_step`, `clipped_apart`, the optimiser, `after_step`, `take_resets`, in this order.
+    Everything that has to survive a restart lives in parameters and buffers.
     """
 
     def loss(self, batch: Any, progress: float, /) -> tuple[Tensor, dict[str, Tensor]]:
@@ -25,6 +25,11 @@ class Objective(Protocol):
 
     def before_step(self) -> None:
         """Changes gradients before they are clipped, e.g. removes those along unit-norm decoder rows."""
+        ...
+
+    def clipped_apart(self) -> Sequence[tuple[Sequence[nn.Parameter], float]]:
+        """Parameters whose gradients have a largest norm of their own, and that norm. They are clipped after norms are logged,
+        before all gradients are clipped together."""
         ...
 
     def after_step(self) -> None:

@@ -31,7 +31,6 @@ from nndecomp.decompositions.spd.adversary import PersistentSources, leading, pg
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
 from nndecomp.decompositions.spd.losses import faithfulness, minimality, p_at
 from nndecomp.decompositions.spd.masks import Gates, Masking, Routes
-from nndecomp.training.optimisers import clip_gradients, gradient_norms
 from nndecomp.training.progress import Progress
 from nndecomp.training.subjects import Subject
 
@@ -171,10 +170,12 @@ class SPDObjective(nn.Module):
                 return _hidden_error(outputs, step.outputs, self._subject.real(step.batch))
 
     def before_step(self) -> None:
-        """Clips the gradient of V and U; that of the importances stays as it is."""
-        if self.cfg.clip_components is not None:
-            own = list(self.decomposition.banks.parameters())
-            clip_gradients(own, gradient_norms(own).norm(), self.cfg.clip_components)
+        pass
+
+    def clipped_apart(self) -> list[tuple[list[nn.Parameter], float]]:
+        """V and U; gradients of the importances stay as they are."""
+        limit = self.cfg.clip_components
+        return [] if limit is None else [(list(self.decomposition.banks.parameters()), limit)]
 
     @torch.no_grad()
     def after_step(self) -> None:
