@@ -7,7 +7,8 @@ the same output directory ends with the same weights and metrics, bit for bit, a
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -21,7 +22,7 @@ from nndecomp.training.log import Log
 from nndecomp.training.objective import Objective, Stream
 from nndecomp.training.optimisers import build_optimiser, clip_gradients, forget, gradient_norms, set_learning_rate
 from nndecomp.training.preemption import preemption
-from nndecomp.training.progress import Clock, Progress
+from nndecomp.training.progress import Clock, Progress, Waits
 from nndecomp.training.randomness import Lanes, random_state, random_state_kept, set_random_state
 from nndecomp.training.schedules import learning_rate
 from nndecomp.training.state import check_facts, read_facts, read_state, save_state, saved_steps, shapes, tidy
@@ -84,6 +85,101 @@ class Trainee:
         self.window.load_state_dict(state["window"], self.device)
 
 
+class Run:
+    """Objectives that are trained on one stream and saved in one directory, step by step; goes on from <out>/checkpoint if
+    there is one.
+
+    evaluate: number of steps made -> held-out metrics by name. It sees the objectives in eval mode and without gradients,
+    and leaves no trace in training: random numbers and modes are put back after it.
+    """
+
+    def __init__(
+        self,
+        objectives: Mapping[str, Objective],
+        stream: Stream,
+        cfg: TrainingConfig,
+        out: Path,
+        *,
+        log: Log,
+        evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    ) -> None:
+        assert objectives, "there is nothing to train"
+        assert STREAM not in objectives, f"{STREAM} is the name of the stream's random numbers, not of an objective"
+        self.objectives, self.stream, self.cfg, self.out, self.log = objectives, stream, cfg, out, log
+        self.evaluate = evaluate
+        self.trainees = [Trainee(name, objective, cfg) for name, objective in objectives.items()]
+        self.lanes = Lanes([STREAM, *objectives])
+        self.directory = out / "checkpoint"
+        self.facts = {
+            "training": settled(cfg),
+            "objectives": {name: shapes(objective.state_dict()) for name, objective in objectives.items()},
+            "own": {each.name: {**settled(each.cfg), "lr_shares": each.lr_shares} for each in self.trainees},
+        }
+        self.loss = self.waiting = math.nan  # as logged last: mean over objectives and steps; share of the time
+        tidy(self.directory)
+        self.made = self.saved = next(reversed(saved_steps(self.directory)), 0)  # steps
+        self._restore() if self.made else log.rewind(0)
+        for objective in objectives.values():
+            objective.train()
+
+    @property
+    def done(self) -> bool:
+        return self.made == self.cfg.n_steps
+
+    def step(self, clock: Clock) -> bool:
+        """The next step, and what is written after it. Returns whether it was a log point."""
+        with clock.waiting(), self.lanes.lane(STREAM):
+            batch = self.stream.next_batch()
+        for trainee in self.trainees:
+            with self.lanes.lane(trainee.name):
+                trainee.step(batch, self.made)
+        self.made += 1
+        cfg = self.cfg
+        clock.count(cfg.batch_tokens)
+        logs = self.made % cfg.log_every == 0 or self.done
+        if logs:
+            rows = [metrics(trainee, self.made, cfg.batch_tokens) for trainee in self.trainees]
+            timing = clock.lap()
+            for row in rows:
+                self.log.write(self.made, {**row, "timing": timing})
+            self.loss, self.waiting = sum(row["loss"] for row in rows) / len(rows), timing["waiting_share"]
+        if self.evaluate is not None and (self.done or (cfg.evaluate_every and self.made % cfg.evaluate_every == 0)):
+            heldout = look(self.evaluate, self.objectives, self.made)
+            self.log.write(self.made, {"tokens": self.made * cfg.batch_tokens, "name": "heldout", **heldout})
+        if self.made % cfg.checkpoint_every == 0 or self.done:
+            self.keep()
+        return logs
+
+    def keep(self) -> None:
+        """Saves the state after the steps made, unless it is saved already."""
+        if self.saved == self.made:
+            return
+        for trainee in self.trainees:
+            check_finite(trainee, self.made)
+        state = {
+            "trainees": {trainee.name: trainee.state_dict() for trainee in self.trainees},
+            "stream": self.stream.state_dict(),
+            "random": random_state(),
+            "lanes": self.lanes.states,
+        }
+        save_state(self.directory, self.made, state, {"log_bytes": self.log.position(), **self.facts})
+        self.saved = self.made
+
+    def _restore(self) -> None:
+        saved = read_facts(self.directory, self.made)
+        log_bytes = saved.pop("log_bytes")
+        saved.pop("step")
+        check_facts(self.directory, saved, self.facts)
+        state = read_state(self.directory, self.made)
+        for trainee in self.trainees:
+            trainee.load_state_dict(state["trainees"][trainee.name])
+        self.stream.load_state_dict(state["stream"])
+        set_random_state(state["random"])
+        self.lanes.states = state["lanes"]
+        self.log.rewind(log_bytes)
+        logger.info("going on from step %d of %d", self.made, self.cfg.n_steps)
+
+
 def train(
     objectives: Mapping[str, Objective],
     stream: Stream,
@@ -96,80 +192,33 @@ def train(
 ) -> None:
     """Trains `objectives`, in place, for cfg.n_steps steps of `stream`; goes on from <out>/checkpoint if there is one.
 
-    evaluate: number of steps made -> held-out metrics by name. It sees the objectives in eval mode and without gradients,
-    and leaves no trace in training: random numbers and modes are put back after it.
-
     Raises NonFiniteError (naming decomposition, step and tensor; nothing that is not finite is ever saved), SettingError
     (a checkpoint made under other settings), and Preempted (a signal said stop; the state is saved).
     """
-    assert objectives, "there is nothing to train"
-    assert STREAM not in objectives, f"{STREAM} is the name of the stream's random numbers, not of an objective"
-    trainees = [Trainee(name, objective, cfg) for name, objective in objectives.items()]
-    lanes = Lanes([STREAM, *objectives])
-    directory = out / "checkpoint"
-    facts = {
-        "training": settled(cfg),
-        "objectives": {name: shapes(objective.state_dict()) for name, objective in objectives.items()},
-        "own": {trainee.name: {**settled(trainee.cfg), "lr_shares": trainee.lr_shares} for trainee in trainees},
-    }
+    train_all([Run(objectives, stream, cfg, out, log=log, evaluate=evaluate)], description)
 
-    def save(step: int) -> None:
-        for trainee in trainees:
-            check_finite(trainee, step)
-        state = {
-            "trainees": {trainee.name: trainee.state_dict() for trainee in trainees},
-            "stream": stream.state_dict(),
-            "random": random_state(),
-            "lanes": lanes.states,
-        }
-        save_state(directory, step, state, {"log_bytes": log.position(), **facts})
 
-    tidy(directory)
-    first = next(reversed(saved_steps(directory)), 0)
-    if first:
-        saved = read_facts(directory, first)
-        log_bytes = saved.pop("log_bytes")
-        saved.pop("step")
-        check_facts(directory, saved, facts)
-        state = read_state(directory, first)
-        for trainee in trainees:
-            trainee.load_state_dict(state["trainees"][trainee.name])
-        stream.load_state_dict(state["stream"])
-        set_random_state(state["random"])
-        lanes.states = state["lanes"]
-        log.rewind(log_bytes)
-        logger.info("going on from step %d of %d", first, cfg.n_steps)
-    else:
-        log.rewind(0)
-
-    for objective in objectives.values():
-        objective.train()
-    tokens = cfg.batch_tokens
-    clock = Clock()
-    with preemption() as signals, Progress(description, cfg.n_steps * tokens, first * tokens) as progress:
-        for step in range(first, cfg.n_steps):
-            with clock.waiting(), lanes.lane(STREAM):
-                batch = stream.next_batch()
-            for trainee in trainees:
-                with lanes.lane(trainee.name):
-                    trainee.step(batch, step)
-            clock.count(tokens)
-            progress.advance(tokens)
-
-            made = step + 1
-            last = made == cfg.n_steps
-            if made % cfg.log_every == 0 or last:
-                rows = [metrics(trainee, made, tokens) for trainee in trainees]
-                timing = clock.lap()
-                for row in rows:
-                    log.write(made, {**row, "timing": timing})
-                progress.show(f"loss {sum(row['loss'] for row in rows) / len(rows):.4g}")
-            if evaluate is not None and (last or (cfg.evaluate_every and made % cfg.evaluate_every == 0)):
-                log.write(made, {"tokens": made * tokens, "name": "heldout", **look(evaluate, objectives, made)})
-            if made % cfg.checkpoint_every == 0 or last or signals.received:
-                save(made)
-            if signals.received and not last:
-                signals.leave(f"{description} was told to stop and is saved at step {made} of {cfg.n_steps} in {out}")
+def train_all(runs: Sequence[Run], description: str) -> None:
+    """Trains every run to its end, all at the same step: streams may be views of one. Raises what `train` raises."""
+    waits = Waits()
+    clocks = [Clock(waits) for _ in runs]
+    total, made = (
+        sum(run.cfg.batch_tokens * steps for run, steps in zip(runs, each, strict=True))
+        for each in ([run.cfg.n_steps for run in runs], [run.made for run in runs])
+    )
+    with preemption() as signals, Progress(description, total, made) as progress:
+        while going := [(run, clock) for run, clock in zip(runs, clocks, strict=True) if not run.done]:
+            for run, clock in going:
+                if run.step(clock):
+                    progress.show(f"loss {run.loss:.4g}, waiting {run.waiting:.0%}")
+                progress.advance(run.cfg.batch_tokens)
+            left = [run for run, _ in going if not run.done]
+            if signals.received:
+                for run in left:
+                    run.keep()
+            if signals.received and left:
+                places = ", ".join(f"step {run.made} of {run.cfg.n_steps} in {run.out}" for run in left)
+                signals.leave(f"{description} was told to stop and is saved at {places}")
 
 
 def settled(cfg: TrainingConfig) -> dict[str, Any]:

@@ -71,30 +71,41 @@ class Progress:
         print(f"{self.description}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 
-class Clock:
-    """Tokens per second, and the share of the time spent waiting for data, from lap to lap."""
+class Waits:
+    """Seconds spent waiting for data, by all who read one stream in turn: the first who asks for a batch waits for all."""
 
     def __init__(self) -> None:
-        self.started = time.monotonic()
+        self.seconds = 0.0
+
+
+class Clock:
+    """Tokens per second, and the share of the time spent waiting for data, from lap to lap.
+
+    Waiting is what the host spends on the next batch: the target's own pass where nothing runs ahead of it. On a GPU, whose
+    work is only sent off, it is what sending takes.
+    """
+
+    def __init__(self, waits: Waits | None = None) -> None:
+        self.waits = Waits() if waits is None else waits
+        self.started, self.waited = time.monotonic(), self.waits.seconds
         self.tokens = 0
-        self.waited = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self.waited += time.monotonic() - began
+        self.waits.seconds += time.monotonic() - began
 
     def count(self, n_tokens: int) -> None:
         self.tokens += n_tokens
 
     def lap(self) -> dict[str, float]:
-        now = time.monotonic()
+        now, waited = time.monotonic(), self.waits.seconds
         seconds = now - self.started
         row = {
             "tokens_per_s": round(self.tokens / seconds, 1),
-            "waiting_share": round(self.waited / seconds, 4),
+            "waiting_share": round((waited - self.waited) / seconds, 4),
             "seconds": round(seconds, 4),
         }
-        self.started, self.tokens, self.waited = now, 0, 0.0
+        self.started, self.tokens, self.waited = now, 0, waited
         return row
