@@ -35,11 +35,14 @@ log = logging.getLogger(__name__)
 SUBMITTED = "NNDECOMP_SUBMITTED_COMMIT"
 
 
-def experiment(name: str, *, trains: bool = False, patches: bool = True) -> Callable[[Main], Callable[[], None]]:
+def experiment(
+    name: str, *, trains: bool = False, patches: bool = True, needs_runs: bool = False
+) -> Callable[[Main], Callable[[], None]]:
     """Makes `main(cfg, out) -> scores` a command line program, its settings in conf/<name>.yaml.
 
     trains: it trains decompositions, so settings with which none can be trained are refused at once.
     patches: it puts decompositions into the target, so targets that compute nothing are refused at once.
+    needs_runs: it looks at finished runs, so `runs=[]` is refused at once.
     """
 
     def wrap(main: Main) -> Callable[[], None]:
@@ -60,7 +63,7 @@ def experiment(name: str, *, trains: bool = False, patches: bool = True) -> Call
                 asked = command_line(name)
                 if asked.on_slurm and not all(cfg.allow_dirty for cfg in asked.jobs):
                     os.environ[SUBMITTED] = committed()  # SLURM hands the environment on to the jobs
-                check(asked.jobs, trains, patches)
+                check(asked.jobs, trains, patches, needs_runs)
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
             except SettingError as error:
                 refuse(error)
@@ -76,13 +79,13 @@ def refuse(error: SettingError) -> None:
     sys.exit(2)
 
 
-def check(jobs: list[RunConfig], trains: bool, patches: bool = True) -> None:
+def check(jobs: list[RunConfig], trains: bool, patches: bool = True, needs_runs: bool = False) -> None:
     """Everything that sizes alone can refuse, for all jobs, before a model is loaded or a directory made."""
     if jobs:
         from nndecomp import build  # late: torch takes seconds, and --help should not
 
         for cfg in jobs:
-            build.check(cfg, trains, patches)
+            build.check(cfg, trains, patches, needs_runs)
 
 
 def run(cfg: RunConfig, out: Path, main: Main, overrides: Sequence[str]) -> dict[str, float]:

@@ -13,15 +13,10 @@ from nndecomp.run import experiment
 @experiment("exp_004_train_spd_gpt2")
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
-    from nndecomp.report import compute, tables
 
     target = build.target(cfg)
-    if cfg.flops is not None:
-        cfg, spent = build.parameters_at_compute(cfg, target)
-        print(tables.terminal(compute.table({"spd": (spent.flops, spent.n_tokens)})))
-    decomposition = build.trained_parameters(cfg, target, out)
-    gated = build.gated(cfg.evaluation, target, {"spd": decomposition})
-    rows = build.measured(cfg, target, {name: [each] for name, each in gated.items()}, out.name)
+    decomposition = build.parameters_at_flops(cfg, target, out)
+    rows = build.measured_parameters(cfg, target, decomposition, out.name)
     return build.reported(rows, out)
 
 

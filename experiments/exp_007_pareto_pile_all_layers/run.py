@@ -8,24 +8,18 @@ decompositions behind their thresholds and with the k largest components of each
 
 from pathlib import Path
 
-from nndecomp.config.schema import RunConfig, require
+from nndecomp.config.schema import RunConfig
 from nndecomp.run import experiment
 
 
-@experiment("exp_007_pareto_pile_all_layers")
+@experiment("exp_007_pareto_pile_all_layers", needs_runs=True)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
-    require(bool(cfg.runs), "runs=[] names no finished run; write 'runs=[output/<experiment>/<time>]'")
-
     from nndecomp import build  # late: loads torch, which --help does without
-    from nndecomp.report import front_figures, fronts, style
 
     target = build.target(cfg)
-    found = build.collected(cfg, target)
-    replacements = found.replacements | {name: [each] for name, each in build.baselines(cfg, target).items()}
-    rows = build.measured(cfg, target, replacements, out.name, found.seeds)
-    for inputs in fronts.measured_inputs(rows):
-        style.save(front_figures.figure_of_axes(rows, inputs), out / "figures", f"fronts_{inputs}")
-    return build.reported(rows, out)
+    runs = build.collected(cfg, target)
+    rows = build.measured_runs(cfg, target, runs, out.name)
+    return build.reported_runs(rows, runs, out)
 
 
 if __name__ == "__main__":

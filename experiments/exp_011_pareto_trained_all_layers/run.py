@@ -8,27 +8,21 @@ hold a decomposition of all layers are taken as they are; parameter decompositio
 
 from pathlib import Path
 
-from nndecomp.config.schema import RunConfig, require
+from nndecomp.config.schema import RunConfig
 from nndecomp.run import experiment
 
 
-@experiment("exp_011_pareto_trained_all_layers")
+@experiment("exp_011_pareto_trained_all_layers", needs_runs=True)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
-    require(bool(cfg.runs), "runs=[] names no finished run; write 'runs=[output/<experiment>/<time>]'")
-
     from nndecomp import build  # late: loads torch, which --help does without
-    from nndecomp.report import figures, front_figures, fronts, style
+    from nndecomp.report import figures, style
 
     target = build.target(cfg)
-    found = build.collected(cfg, target, again=False)
-    replacements = found.replacements | {name: [each] for name, each in build.baselines(cfg, target).items()}
-
-    rows = build.measured(cfg, target, replacements, out.name, found.seeds)
+    runs = build.collected(cfg, target, again=False)
+    rows = build.measured_runs(cfg, target, runs, out.name)
     style.save(figures.pareto_axes(rows), out / "figures", "pareto_axes")
     style.save(figures.fvu_against_l0(rows), out / "figures", "fvu_against_l0")
-    for inputs in fronts.measured_inputs(rows):
-        style.save(front_figures.figure_of_axes(rows, inputs), out / "figures", f"fronts_{inputs}")
-    return build.reported(rows, out)
+    return build.reported_runs(rows, runs, out)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ A table over finished runs, parameter decompositions among them; trains and meas
 
 from pathlib import Path
 
-from nndecomp.config.schema import RunConfig, require
+from nndecomp.config.schema import RunConfig
 from nndecomp.run import experiment
 
 
-@experiment("exp_012_model_table")
+@experiment("exp_012_model_table", needs_runs=True)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
-    require(bool(cfg.runs), "runs=[] names no finished run; write 'runs=[output/<experiment>/<time>]'")
-
     from nndecomp import build  # late: loads torch, which --help does without
 
     return build.reported_table(build.model_table(cfg, build.target(cfg)), out)

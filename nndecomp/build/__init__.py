@@ -20,6 +20,12 @@ from nndecomp.build.compute import Spent, equal_compute, parameters_at_compute, 
 from nndecomp.build.data import harvester, scales, source, store, stream, synthetic, target
 from nndecomp.build.faithful import check_faithful, faithful, finished, reported_faithfulness
 from nndecomp.build.finding import Pair, found_again, found_again_rows
+from nndecomp.build.finished_runs import (
+    measured_parameters,
+    measured_runs,
+    parameters_at_flops,
+    reported_runs,
+)
 from nndecomp.build.flops import parameter_flops, training_flops
 from nndecomp.build.measuring import Heldout, heldout, measured, reported, scores
 from nndecomp.build.members import Member, decompositions, members, of_architecture
@@ -47,7 +53,11 @@ from nndecomp.build.toys import decomposed_toy, recovered_toy, trained_toy
 from nndecomp.build.training import looking, trained, untrained
 
 __all__ = [
+    "measured_parameters",
+    "measured_runs",
     "model_table",
+    "parameters_at_flops",
+    "reported_runs",
     "reported_table",
     "parameter_flops",
     "reported_tail",

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nndecomp.build.parameters import NAME, gated, saved_parameters
+from nndecomp.build.parameters import NAME, gated, left_out, saved_parameters
 from nndecomp.build.settings import check_runs
 from nndecomp.config.compose import load
 from nndecomp.config.schema import RunConfig, require
 from nndecomp.decompositions.base import Replacement
-from nndecomp.decompositions.conversion import to_topk, topk_obstacle
+from nndecomp.decompositions.conversion import is_own_topk, to_topk, topk_obstacle
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.spd.gated import GatedParameters
 from nndecomp.decompositions.stack import stack
@@ -25,6 +25,7 @@ class Collected:
 
     replacements: dict[str, list[Replacement]]
     seeds: dict[str, int]
+    notices: list[str]  # on each that has no point at some sparsity that evaluation asks for: a sentence that names it
 
 
 def collected(cfg: RunConfig, target: Target, again: bool = True) -> Collected:
@@ -32,12 +33,13 @@ def collected(cfg: RunConfig, target: Target, again: bool = True) -> Collected:
 
     Transcoders (or SAEs) of single layers that are otherwise alike, seed included, become one dictionary. `again`: for each k of
     evaluation.topk a dictionary stands there once more, with the k largest features of each token and group in place of its own
-    selection.
+    selection, where that can be.
     """
     layers = cfg.decomposition.layers or list(range(target.shape.of(None).n_layers))
     parts: dict[str, list[SparseDictionary]] = {}
     found: dict[str, list[Replacement]] = {}
     seeds: dict[str, int] = {}
+    notices: list[str] = []
     for run in check_runs(cfg):
         trained = load(run / "config.yaml")
         for directory in sorted(each.parent for each in run.rglob("decompositions/*/config.json")):
@@ -45,8 +47,11 @@ def collected(cfg: RunConfig, target: Target, again: bool = True) -> Collected:
                 components = _parameters(cfg, target, directory.parents[1], layers)
                 size = max(each.costs[0].n_components for each in components.values())
                 assert trained.spd is not None, f"{run} trained a parameter decomposition without settings for it"
+                own, of_seed = f"{NAME}_n{size}_m{trained.spd.minimality:g}", f"seed{trained.seed}"
+                decomposition = next(iter(components.values())).decomposition
+                notices += left_out(cfg.evaluation, f"{own}_{of_seed}", decomposition)
                 for gate, each in components.items():
-                    name = f"spd_n{size}_m{trained.spd.minimality:g}_{gate}_seed{trained.seed}"
+                    name = f"{own}_{gate}_{of_seed}"
                     require(
                         name not in found,
                         f"runs hold {name} twice ({run} is one of them); evaluate runs that differ in other settings apart",
@@ -67,9 +72,19 @@ def collected(cfg: RunConfig, target: Target, again: bool = True) -> Collected:
     for name, each in whole.items():
         found[name] = [each]
         for k in cfg.evaluation.topk if again else ():
-            if topk_obstacle(each, k) is None:
+            if topk_obstacle(each, k) is None and not is_own_topk(each, k):
                 found[f"{name}_topk{k}"], seeds[f"{name}_topk{k}"] = [to_topk(each, k)], seeds[name]
-    return Collected(found, seeds)
+        notices += without_points(name, each, cfg.evaluation.topk if again else ())
+    return Collected(found, seeds, notices)
+
+
+def without_points(name: str, dictionary: SparseDictionary, ks: Sequence[int]) -> list[str]:
+    """A sentence for each reason why some k have no point."""
+    reasons = {k: obstacle for k in ks if (obstacle := topk_obstacle(dictionary, k)) is not None}
+    return [
+        f"{name} has no points at k = {', '.join(str(k) for k in ks if reasons.get(k) == reason)}, since {reason}"
+        for reason in dict.fromkeys(reasons.values())
+    ]
 
 
 def _parameters(cfg: RunConfig, target: Target, run: Path, layers: Sequence[int]) -> Mapping[str, GatedParameters]:

@@ -86,7 +86,7 @@ def gated(
     decompositions: Mapping[str, ParameterDecomposition],
     writes: Sequence[Site] | None = None,
 ) -> dict[str, GatedParameters]:
-    """Each behind each gate, as `<name>_<gate>`; a gate for more components than there are is left out.
+    """Each behind each gate, as `<name>_<gate>`; a gate for more components than there are is left out, as `left_out` says.
 
     writes: only maps that take part in these sites are gated, the others stay as they are; null: all.
     """
@@ -96,6 +96,16 @@ def gated(
         for gate in gates(cfg)
         if fits(gate, each)
     }
+
+
+def left_out(cfg: EvaluationConfig, name: str, decomposition: ParameterDecomposition) -> list[str]:
+    """A sentence if some gates are for more components than there are."""
+    gone = [gate.name for gate in gates(cfg) if not fits(gate, decomposition)]
+    sizes = decomposition.sizes.values()
+    return [
+        f"{name} has no points {', '.join(gone)}: its smallest map has {min(sizes)} components, all maps together {sum(sizes)}"
+        for _ in gone[:1]
+    ]
 
 
 def fits(gate: Gate, decomposition: ParameterDecomposition) -> bool:

@@ -48,11 +48,16 @@ def device(cfg: RunConfig) -> torch.device:
     return torch.device(cfg.device)
 
 
-def check(cfg: RunConfig, trains: bool = False, patches: bool = True) -> None:
+def check(cfg: RunConfig, trains: bool = False, patches: bool = True, needs_runs: bool = False) -> None:
     """Refuses (SettingError) what sizes alone can refuse: no weight is loaded, nothing is written.
 
-    trains: the experiment trains decompositions. patches: it puts them into the target, and compares them there.
+    trains: the experiment trains decompositions. patches: it puts them into the target, and compares them there. needs_runs: it
+    looks at finished runs.
     """
+    require(
+        bool(cfg.runs) or not needs_runs,
+        "runs=[] names no finished run; write 'runs=[output/<experiment>/<time>]'",
+    )
     device(cfg)
     check_log(cfg.log)
     if cfg.pretrain is not None:

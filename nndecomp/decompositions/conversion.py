@@ -78,17 +78,21 @@ def topk_obstacle(dictionary: SparseDictionary, k: int) -> str | None:
     if spec.activation.kind not in _RANKED:
         return f"activation={spec.activation.kind.value} does not rank features by one number"
     if k > smallest:
-        return f"k={k} is more than the {smallest} features of the smallest group"
-    if spec.activation.kind is Activation.topk and set(spec.activation.k) == {k}:
-        return f"k={k} is what it was trained with"
+        return f"its smallest group has {smallest} features"
     return None
+
+
+def is_own_topk(dictionary: SparseDictionary, k: int) -> bool:
+    """Whether the k largest features of each token and group are its own selection."""
+    own = dictionary.spec.activation
+    return own.kind is Activation.topk and set(own.k) == {k} and own.scope is Scope.group
 
 
 def to_topk(dictionary: SparseDictionary, k: int) -> SparseDictionary:
     """The same weights, each token keeping the k largest features of each group, whatever the activation function selected:
     one trained dictionary at any sparsity."""
     obstacle = topk_obstacle(dictionary, k)
-    require(obstacle is None, f"{obstacle}")
+    require(obstacle is None, f"k={k} features of each group cannot be asked for: {obstacle}")
     spec = replace(dictionary.spec.activation, kind=Activation.topk, k=(k,) * len(dictionary.groups), scope=Scope.group)
     return _with_activation(dictionary, spec)
 
