@@ -34,7 +34,7 @@ NAME = "spd"  # of the parameter decomposition in its run
 
 def objective(cfg: RunConfig, spd: SPDConfig, target: Target) -> SPDObjective:
     """As it is drawn, before its warm-up."""
-    decomposition = ParameterDecomposition(find_maps(target.module(), spd.maps), spd.importance, cfg.seed)
+    decomposition = ParameterDecomposition(find_maps(target.module(), spd.maps), spd.importance, cfg.seed, spd.tie)
     for name in decomposition.maps:
         target.place_of_map(name)  # refused now, not when it is evaluated
     rows = (cfg.training.batch_tokens // cfg.tokens.seq_len, cfg.tokens.seq_len)

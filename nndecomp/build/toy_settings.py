@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from nndecomp.config.schema import RunConfig, require
 from nndecomp.config.spd import SPDConfig
 from nndecomp.config.toys import ToyConfig
+from nndecomp.decompositions.spd.decomposition import check_tied
 from nndecomp.targets.maps import find_maps
 from nndecomp.targets.toys import build_toy
 
@@ -14,7 +15,8 @@ def toy_settings(cfg: RunConfig) -> tuple[ToyConfig, SPDConfig]:
     require(cfg.toy is not None, "toy=null names no toy; write toy=tms_5_2")
     require(cfg.spd is not None, "spd=null says nothing of how the toy is decomposed; conf/toy/*.yaml have both")
     assert cfg.toy is not None and cfg.spd is not None
-    for linear, n_components in find_maps(build_toy(cfg.toy, cfg.seed), cfg.spd.maps).items():
+    maps = find_maps(build_toy(cfg.toy, cfg.seed), cfg.spd.maps)
+    for linear, n_components in maps.items():
         own = [pattern for pattern in cfg.toy.per_feature if fnmatchcase(linear.name, pattern)]
         shared = [pattern for pattern in cfg.toy.shared if fnmatchcase(linear.name, pattern)]
         require(
@@ -27,4 +29,5 @@ def toy_settings(cfg: RunConfig) -> tuple[ToyConfig, SPDConfig]:
             f"spd.maps has {n_components} components for {linear.name}, too few for one each of "
             f"toy.n_features={cfg.toy.n_features}",
         )
+    check_tied(maps, cfg.spd.tie)
     return cfg.toy, cfg.spd

@@ -7,7 +7,7 @@ from nndecomp.build.settings import device
 from nndecomp.build.toy_settings import toy_settings
 from nndecomp.config.schema import RunConfig
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
-from nndecomp.evaluation.toy_recovery import ToyRecovery, toy_recovery
+from nndecomp.evaluation.toy_recovery import ToyRecovery, scores, toy_recovery
 from nndecomp.targets.maps import find_maps
 from nndecomp.targets.toys import Toy, build_toy
 from nndecomp.training.log import Log
@@ -31,14 +31,18 @@ def trained_toy(cfg: RunConfig, out: Path) -> Toy:
 def decomposed_toy(cfg: RunConfig, toy: Toy, out: Path) -> ParameterDecomposition:
     """Trained; goes on from a checkpoint in `out`."""
     own, spd = toy_settings(cfg)
-    decomposition = ParameterDecomposition(find_maps(toy, spd.maps), spd.importance, cfg.seed)
+    decomposition = ParameterDecomposition(find_maps(toy, spd.maps), spd.importance, cfg.seed, spd.tie)
     batch = cfg.training.batch_tokens
     objective = SPDObjective(decomposition, Vectors(toy), spd, (batch,))
     if not saved_steps(out / "checkpoint"):
         objective.start(cfg.name)
     rows = SparseFeatures(own, batch, cfg.seed, "spd", device(cfg))
+
+    def look(step: int) -> dict[str, float]:
+        return scores(recovered_toy(cfg, toy, decomposition))
+
     with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as log:
-        train({"spd": objective}, rows, cfg.training, out, log=log, description=cfg.name)
+        train({"spd": objective}, rows, cfg.training, out, log=log, evaluate=look, description=cfg.name)
     return decomposition.eval()
 
 

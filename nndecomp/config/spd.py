@@ -159,6 +159,8 @@ class SPDConfig:
 
     # Components of each map, by a pattern of module paths ("h.*.mlp.c_fc"); every pattern matches, no map twice.
     maps: dict[str, int]
+    # Map -> map: where one matrix is used twice, the components of the first are those of the second, transposed.
+    tie: dict[str, str] = field(default_factory=dict)
     importance: ImportanceConfig
     sampling: Sampling = Sampling.continuous
     delta: bool = True  # what the components leave of the weights takes part in stochastic and adversarial losses
@@ -179,6 +181,11 @@ class SPDConfig:
         require(bool(self.maps), "spd.maps={} names no map; write e.g. spd.maps={h.*.mlp.c_fc: 512}")
         for pattern, n in self.maps.items():
             require(n > 0, f"spd.maps has {n} components for {pattern}; write a positive number")
+        for name, other in self.tie.items():
+            require(
+                other not in self.tie,
+                f"spd.tie={{{name}: {other}}} names a map that is itself tied; tie it to one that has components of its own",
+            )
         require(bool(self.losses), "spd.losses={} reconstructs nothing; name at least one loss")
         for name in self.losses:
             require(

@@ -38,6 +38,26 @@ class Components(nn.Module):
         return self.V.norm(dim=0) * self.U.norm(dim=1)
 
 
+class TransposedComponents(Components):
+    """Of a map with the transposed matrix of another: V and U are U^T and V^T of the other's, in the same memory.
+
+    It has no parameters of its own: those of the other get the gradients of both uses.
+    """
+
+    def __init__(self, linear: LinearMap, other: Components) -> None:
+        nn.Module.__init__(self)
+        self.kind, self.n_components = linear.kind, other.n_components
+        self._other = (other,)  # in a tuple, so that its parameters are not listed a second time as this module's
+
+    @property
+    def V(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._other[0].U.T
+
+    @property
+    def U(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._other[0].V.T
+
+
 def masked(
     components: Components,
     x: Float[Tensor, "*rows d_in"] | Int[Tensor, "*rows"],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nndecomp.config.checks import require
 from nndecomp.config.spd import ImportanceConfig, ImportanceKind
-from nndecomp.decompositions.spd.components import Components, masked
+from nndecomp.decompositions.spd.components import Components, TransposedComponents, masked
 from nndecomp.decompositions.spd.importance import GlobalImportance, Input, LayerwiseImportance
 from nndecomp.decompositions.spd.masks import Mask, Masking
 from nndecomp.decompositions.spd.sigmoids import lower_leaky, upper_leaky
@@ -40,9 +40,15 @@ class Importances:
 
 
 class ParameterDecomposition(nn.Module):
-    """`maps`: each decomposed map and its number of components."""
+    """`maps`: each decomposed map and its number of components. `tie`: maps whose components are those of another, transposed."""
 
-    def __init__(self, maps: Mapping[LinearMap, int], importance: ImportanceConfig, seed: int) -> None:
+    def __init__(
+        self,
+        maps: Mapping[LinearMap, int],
+        importance: ImportanceConfig,
+        seed: int,
+        tie: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
         assert maps, "there is no map to decompose"
         embeddings = [each.name for each in maps if each.kind is MapKind.embedding]
@@ -56,7 +62,13 @@ class ParameterDecomposition(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         self.sizes, self.cfg = dict(maps), importance
         self.maps = {each.name: each for each in maps}
-        self.banks = nn.ModuleList(Components(each, C, draw) for each, C in maps.items())
+        self.tie = dict(tie or {})
+        check_tied(maps, self.tie)
+        drawn = {each.name: Components(each, C, draw) for each, C in maps.items() if each.name not in self.tie}
+        self.banks = nn.ModuleList(
+            TransposedComponents(each, drawn[self.tie[name]]) if name in self.tie else drawn[name]
+            for name, each in self.maps.items()
+        )
         build = GlobalImportance if importance.is_global else LayerwiseImportance
         self.importance = build(maps, importance, draw)
         self._biases = {each.name: each.bias() for each in maps}
@@ -102,6 +114,31 @@ class ParameterDecomposition(nn.Module):
         }
         with substituting(substitutes):
             yield
+
+
+def check_tied(maps: Mapping[LinearMap, int], tie: Mapping[str, str]) -> None:
+    """SettingError unless each tied map has the transposed matrix of the other, and as many components."""
+    named = {each.name: each for each in maps}
+    for name, other in tie.items():
+        missing = [each for each in (name, other) if each not in named]
+        require(
+            not missing, f"spd.tie={{{name}: {other}}} names {', '.join(missing)}, but spd.maps has {', '.join(named)}"
+        )
+        own, theirs = named[name], named[other]
+        require(
+            (own.d_in, own.d_out) == (theirs.d_out, theirs.d_in),
+            f"spd.tie={{{name}: {other}}} wants a map with the other's transposed matrix, but {name} is {own.d_in} to {own.d_out} "
+            f"and {other} {theirs.d_in} to {theirs.d_out}",
+        )
+        require(
+            torch.equal(own.matrix(), theirs.matrix().T),
+            f"spd.tie={{{name}: {other}}} wants a map with the other's transposed matrix, but the model has other numbers in "
+            f"{name} than in {other}",
+        )
+        require(
+            maps[own] == maps[theirs],
+            f"spd.tie={{{name}: {other}}} shares components, but spd.maps has {maps[own]} for {name} and {maps[theirs]} for {other}",
+        )
 
 
 def _keep(name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor] | None, x: Tensor, y: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nndecomp.config.spd import ImportanceConfig, ImportanceKind
 from nndecomp.decompositions.spd.components import Components
+from nndecomp.decompositions.spd.scalar_mlps import scalar_mlps
 from nndecomp.targets.llama_simple_mlp import rotary_tables, rotate
 from nndecomp.targets.maps import LinearMap
 
@@ -41,6 +42,9 @@ class ParallelMLP(nn.Module):
         self.b = nn.ParameterList(nn.Parameter(torch.zeros(C, o)) for _, o in pairs)
 
     def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows C"]:
+        if self.per_component and len(self.W) == 2:
+            (w, v), (b, k) = self.W, self.b
+            return scalar_mlps(x, w[:, 0], b, v[:, :, 0], k)
         value = x.unsqueeze(-1) if self.per_component else x
         for n, (W, b) in enumerate(zip(self.W, self.b, strict=True)):
             value = F.gelu(value) if n else value

@@ -1,7 +1,8 @@
 """A parameter decomposition on disk: config.json (what it is) and model.safetensors (its weights).
 
 config.json         format, format_version, target (its name), maps in order: path, kind, d_in, d_out, n_components and the
-                    Frobenius norm of the map's matrix, and the importance functions' settings
+                    Frobenius norm of the map's matrix, where components are another map's, transposed, its path as tied_to,
+                    and the importance functions' settings
 model.safetensors   banks.<i>.{V, U} of map i, and importance.*
 """
 
@@ -32,7 +33,10 @@ def save_parameters(decomposition: ParameterDecomposition, directory: Path, targ
     }
     config = {
         "target": target,
-        "maps": [_fact(each, C) for each, C in decomposition.sizes.items()],
+        "maps": [
+            _fact(each, C) | ({"tied_to": decomposition.tie[each.name]} if each.name in decomposition.tie else {})
+            for each, C in decomposition.sizes.items()
+        ],
         "importance": importance,
     }
     write_pretrained(directory, FORMAT, FORMAT_VERSION, config, decomposition.state_dict())
@@ -55,12 +59,15 @@ def load_parameters(source: str | Path, model: nn.Module) -> ParameterDecomposit
     config = config_of(directory, FORMAT, FORMAT_VERSION)
     modules = dict(model.named_modules())
     maps: dict[LinearMap, int] = {}
+    tie: dict[str, str] = {}
     for fact in config["maps"]:
         require(
             fact["name"] in modules and kind_of(modules[fact["name"]]) is not None,
             f"{source} decomposes {fact['name']}, a linear map that this model does not have",
         )
         linear = linear_map(fact["name"], modules[fact["name"]])
+        if "tied_to" in fact:
+            tie[fact["name"]] = fact.pop("tied_to")
         here, norm = _fact(linear, fact["n_components"]), fact.pop("norm")
         own = here.pop("norm")
         require(here == fact, f"{source} decomposes {fact['name']} as {fact}, but this model's is {here}")
@@ -72,7 +79,7 @@ def load_parameters(source: str | Path, model: nn.Module) -> ParameterDecomposit
         maps[linear] = fact["n_components"]
     settings = config["importance"]
     importance = ImportanceConfig(**{**settings, "kind": ImportanceKind(settings["kind"])})
-    decomposition = ParameterDecomposition(maps, importance, seed=0)
+    decomposition = ParameterDecomposition(maps, importance, seed=0, tie=tie)
     weights = read_weights(directory)
     check_fit(source, weights, decomposition.state_dict())
     with torch.no_grad():
