@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from nndecomp.config.spd import ImportanceConfig, ImportanceKind
+from nndecomp.decompositions.spd import scalar_mlps as scalar
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
 from nndecomp.decompositions.spd.importance import (
     GlobalImportance,
@@ -82,6 +83,31 @@ def test_each_component_has_an_mlp_of_its_own(kind: ImportanceKind):
                 seen = (row @ V[:, c])[None] if kind is ImportanceKind.mlp else row
                 expected = mlp_by_hand(seen.detach(), [W[c] for W in function.W], [each[c] for each in function.b])
                 assert_close(q[name][b, s, c].detach(), expected[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 2 * 3 * 7, 1 << 18])
+def test_mlps_of_single_numbers_are_their_formula_with_its_gradients(chunk: int, monkeypatch: pytest.MonkeyPatch):
+    """One component at a time, two of five, all at once."""
+    monkeypatch.setattr(scalar, "CHUNK_VALUES", chunk)
+    draw = torch.Generator().manual_seed(3)
+    a, w, b, v, k = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_()
+        for shape in ((7, 5), (5, 3), (5, 3), (5, 3), (5, 1))
+    )
+    inputs = (a, w, b, v, k)
+    expected = (F.gelu(a[..., None] * w + b) * v).sum(-1) + k[:, 0]
+    found = scalar.scalar_mlps(*inputs)
+    assert_close(found, expected)
+    weights = torch.randn(7, 5, generator=draw, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert_close(ours, theirs)
+    assert torch.autograd.gradcheck(scalar.scalar_mlps, inputs)
+    rows = a.detach().expand(2, 7, 5)
+    assert torch.equal(scalar.scalar_mlps(rows, *inputs[1:])[1], found), "leading axes are rows"
 
 
 def test_one_mlp_a_map_makes_the_importances_of_all_its_components():

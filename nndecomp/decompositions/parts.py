@@ -51,9 +51,10 @@ def parts_of_parameters(decomposition: ParameterDecomposition, names: Iterable[s
     importance = decomposition.importance
     own = [_n(f.parameters()) for f in importance.functions] if isinstance(importance, LayerwiseImportance) else None
     parts = {}
-    for i, (name, components) in enumerate(zip(names, decomposition.components.values(), strict=True)):
+    shared = {*decomposition.tie, *decomposition.tie.values()}
+    for i, (name, (path, components)) in enumerate(zip(names, decomposition.components.items(), strict=True)):
         gate, n = None if own is None else own[i], _n(components.parameters())
-        parts[name] = Part(components.V.shape[1], None if gate is None else n + gate, gate)
+        parts[name] = Part(components.V.shape[1], None if gate is None or path in shared else n + gate, gate)
     n_components = sum(part.n_components for part in parts.values())
     return Parts(parts, Part(n_components, _n(decomposition.parameters()), _n(importance.parameters())))
 
