@@ -45,6 +45,7 @@ QUICK = {
         "ground_truth.seeds=[0]",
         "ground_truth.heldout_tokens=512",
     ],
+    "exp_020_throughput": ["throughput.systems=[nndecomp_torch_topk]", "throughput.rounds=2"],
     "exp_026_spd_toys": ["toy.training.n_tokens=51200"],
 }
 

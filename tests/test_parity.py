@@ -26,6 +26,7 @@ from nndecomp.errors import SettingError
 from nndecomp.evaluation import peers
 from nndecomp.evaluation.peers_dictionary_learning import DictionaryLearning
 from nndecomp.evaluation.peers_sae_lens import SaeLens
+from nndecomp.evaluation.peers_sparsify import Sparsify
 from nndecomp.report import parity
 from nndecomp.training.loop import Trainee
 from nndecomp.types import Layout
@@ -107,6 +108,24 @@ def test_after_ten_steps_all_weights_are_the_same(case: str):
         rows = batch(ours.layout, step)
         theirs.step(rows, step)
         trainee.step(rows, step)
+    bank = ours.dictionary.banks[0]
+    for name, own in (("W_enc", bank.W_enc), ("W_dec", bank.W_dec), ("b_dec", ours.dictionary.b_dec)):
+        torch.testing.assert_close(theirs.weights()[name], own.detach(), rtol=0, atol=2e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sparsify") is None, reason="the extra bench is not installed: sparsify")
+@pytest.mark.filterwarnings("ignore")  # of the library
+def test_after_ten_steps_sparsify_has_the_same_weights():
+    ours = objective(**SAE | UNIT | {"reconstruction": Reconstruction.normalised})
+    cfg = TrainingConfig(
+        n_tokens=N_STEPS * BATCH, batch_tokens=BATCH, lr=3e-3, lr_warmup=0.0, lr_decay=1.0, clip_norm=None
+    )
+    ours.start(batch(ours.layout, 0))
+    theirs, trainee = Sparsify(ours.dictionary, ours.cfg, cfg), Trainee("ours", ours, cfg)
+    for step in range(N_STEPS):
+        theirs.step(batch(ours.layout, step), step)
+        trainee.step(batch(ours.layout, step), step)
+    theirs.sae.set_decoder_norm_to_unit_norm()  # before a step there, after one here
     bank = ours.dictionary.banks[0]
     for name, own in (("W_enc", bank.W_enc), ("W_dec", bank.W_dec), ("b_dec", ours.dictionary.b_dec)):
         torch.testing.assert_close(theirs.weights()[name], own.detach(), rtol=0, atol=2e-4)

@@ -48,6 +48,7 @@ from nndecomp.build.settings import (
     trainable,
 )
 from nndecomp.build.tail import diagnosed, one_decomposition, reported_tail
+from nndecomp.build.throughput import timed_steps
 from nndecomp.build.toy_settings import toy_settings
 from nndecomp.build.toys import decomposed_toy, recovered_toy, trained_toy
 from nndecomp.build.training import looking, trained, untrained
@@ -112,6 +113,7 @@ __all__ = [
     "stream",
     "synthetic",
     "target",
+    "timed_steps",
     "toy_settings",
     "trainable",
     "trained",

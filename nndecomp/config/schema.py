@@ -46,6 +46,7 @@ from nndecomp.config.synthetic import (
 )
 from nndecomp.config.tail import TailConfig
 from nndecomp.config.target import TargetConfig, TargetKind
+from nndecomp.config.throughput import Question, SizeConfig, ThroughputConfig
 from nndecomp.config.tokens import Packing, TokensConfig, TokensKind
 from nndecomp.config.toys import ToyConfig, ToyKind
 from nndecomp.config.training import LrSchedule, Optimizer, PretrainConfig, TrainingConfig
@@ -86,16 +87,19 @@ __all__ = [
     "PlantedConfig",
     "PreActivationLoss",
     "PretrainConfig",
+    "Question",
     "Ranking",
     "Reconstruction",
     "RunConfig",
     "SPDConfig",
     "Scope",
+    "SizeConfig",
     "SyntheticConfig",
     "SyntheticShapeConfig",
     "TailConfig",
     "TargetConfig",
     "TargetKind",
+    "ThroughputConfig",
     "Together",
     "ToyConfig",
     "ToyKind",
@@ -152,6 +156,7 @@ class RunConfig:
     flops: float | None = None
     faithfulness: FaithfulnessConfig | None = None
     tail: TailConfig | None = None
+    throughput: ThroughputConfig | None = None  # exp_020: what is timed
     toy: ToyConfig | None = None  # what it is trained on, in place of `target`
     runs: list[str] = field(default_factory=list)  # finished runs, or directories of them, that are evaluated
 

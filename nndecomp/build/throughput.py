@@ -1,0 +1,90 @@
+"""Training steps of this library and of others, timed in turn: a process each, a step each a round."""
+
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from nndecomp.build.throughput_systems import COPIED, OURS, systems
+from nndecomp.build.throughput_worker import FLOOR, STEP, Worker, size_of
+from nndecomp.config.schema import RunConfig, SizeConfig, ThroughputConfig, require
+from nndecomp.evaluation.timing import Floor, Times
+from nndecomp.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def chosen(cfg: ThroughputConfig) -> list[str]:
+    """The systems to measure; SettingError for one that is named but not there, a sentence for one that merely could be."""
+    known = systems()
+    missing = [name for name, system in known.items() if not system.installed]
+    of = sorted({known[name].library for name in missing})
+    how = "see experiments/exp_020_throughput/README.md for their environment, the extra `bench`"
+    if cfg.systems is None:
+        if missing:
+            logger.warning("%s cannot be imported and are left out; %s", " and ".join(of), how)
+        return [name for name in known if name not in missing]
+    unknown = [name for name in cfg.systems if name not in known]
+    require(not unknown, f"throughput.systems={unknown} must be among {', '.join(known)}")
+    absent = [name for name in cfg.systems if name in missing]
+    require(not absent, f"throughput.systems={absent} need {' and '.join(of)}, which cannot be imported; {how}")
+    return cfg.systems
+
+
+def timed_steps(cfg: RunConfig, out: Path) -> tuple[list[Times], list[Floor]]:
+    """Of every size and system, each in a process of its own that reads <out>/config.yaml. Traces, if they are asked for, go
+    to <out>/traces, which is there."""
+    require(cfg.throughput is not None, "throughput=null does not say what is timed; write question=step")
+    assert cfg.throughput is not None
+    names = chosen(cfg.throughput)
+    times, floors = [], []
+    for size in cfg.throughput.at:
+        found = rounds(out, size, [*names, FLOOR], cfg.throughput)
+        floors.append(_floor(found.pop(FLOOR), size_of(cfg, size), size))
+        times += [_times(name, each, size) for name, each in found.items()]
+    return times, floors
+
+
+@dataclass(frozen=True)
+class Found:
+    answers: list[dict[str, dict[str, float]]]  # of each round
+    peak_bytes: int
+    threads: int
+
+    def wall(self, part: str) -> list[float]:
+        return [each["wall"][part] for each in self.answers]
+
+
+def rounds(out: Path, size: str, names: Iterable[str], cfg: ThroughputConfig) -> dict[str, Found]:
+    """The same number of steps of each, by name."""
+    answers: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        threads: dict[str, int] = {}
+        for name in answers:  # one after the other: what is made is memory, too
+            logger.info("%s: making %s", size, name)
+            workers[name] = worker = stack.enter_context(closing(Worker(out / "config.yaml", size, name)))
+            threads[name] = worker.read()["threads"]
+            for _ in range(cfg.warm_up):
+                worker.ask("step")
+        with Progress(size, cfg.rounds, 0, unit="rounds") as progress:
+            for number in range(cfg.rounds):
+                for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
+                    answers[name].append(workers[name].ask("step"))
+                progress.advance(1)
+        peaks = {name: worker.ask("peak")["bytes"] for name, worker in workers.items()}
+        for name, worker in workers.items():
+            if cfg.trace and name.startswith(OURS):
+                worker.ask(f"trace {out / 'traces' / f'{size}_{name}.json'}")
+    return {name: Found(each, peaks[name], threads[name]) for name, each in answers.items()}
+
+
+def _times(name: str, found: Found, size: str) -> Times:
+    cpu = [each["cpu"][STEP] for each in found.answers]
+    return Times(systems()[name].subject, size, found.wall(STEP), cpu, found.peak_bytes)
+
+
+def _floor(found: Found, size: SizeConfig, name: str) -> Floor:
+    parts = {part: found.wall(part) for part in ("encoder", "optimiser", "copy")}
+    return Floor(name, size, **parts, copied=4 * COPIED, threads=found.threads)

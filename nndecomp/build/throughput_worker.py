@@ -1,0 +1,157 @@
+"""A process that makes training steps of one system when it is told to, so that imports, threads and allocators do not mix.
+
+Told by the lines of its standard input, and answering with one line of JSON each:
+
+    step             makes a step of each part       {"wall": {part: seconds}, "cpu": {part: seconds}}
+    trace <path>     writes a Chrome trace of a step {}
+    peak             memory since it was ready       {"bytes": most at any time, beyond what it had before}
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nndecomp.build.throughput_systems import floor, rows, systems, trainer
+from nndecomp.config.compose import load
+from nndecomp.config.schema import RunConfig, SizeConfig
+from nndecomp.config.throughput import OWN
+
+Parts = Mapping[str, Callable[[], object]]
+FLOOR = "floor"
+STEP = "step"
+
+
+def size_of(cfg: RunConfig, name: str) -> SizeConfig:
+    assert cfg.throughput is not None, "throughput says what is timed"
+    own, base = cfg.throughput, cfg.decomposition
+    if name != OWN:
+        return own.sizes[name]
+    return SizeConfig(
+        d_model=own.d_model,
+        n_layers=own.n_layers,
+        n_features=base.n_features,
+        k=base.k,
+        batch_tokens=cfg.training.batch_tokens,
+    )
+
+
+def parts(cfg: RunConfig, size: SizeConfig, name: str, batches: list[torch.Tensor]) -> Parts:
+    """What one step of a system consists of."""
+    if name == FLOOR:
+        return floor(size, batches[0])
+    step = trainer(systems()[name], cfg.decomposition, cfg.training, size, batches[0], cfg.seed)
+    made = 0
+
+    def run() -> None:
+        nonlocal made
+        step(batches[made % len(batches)], made)
+        made += 1
+
+    return {STEP: run}
+
+
+def serve(config: str, size_name: str, name: str) -> None:
+    """The process. Its standard output belongs to the answers; whatever libraries say goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    cfg = load(Path(config))
+    assert cfg.throughput is not None
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    if name != FLOOR:
+        importlib.import_module(systems()[name].module)
+    size = size_of(cfg, size_name)
+    batches = rows(size, cfg.throughput.n_batches, cfg.seed)
+    forget_peak()
+    before = memory("VmRSS")
+    made = parts(cfg, size, name, batches)
+
+    def answer(content: Any) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    answer({"threads": torch.get_num_threads()})
+    for line in sys.stdin:
+        match line.split(maxsplit=1):
+            case ["step"]:
+                answer(timed(made))
+            case ["trace", path]:
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                    timed(made)
+                profile.export_chrome_trace(path.strip())
+                answer({})
+            case ["peak"]:
+                answer({"bytes": memory("VmHWM") - before})
+            case other:
+                raise AssertionError(f"told {other}")
+
+
+def timed(made: Parts) -> dict[str, dict[str, float]]:
+    wall, cpu = {}, {}
+    for part, run in made.items():
+        started, spent = time.perf_counter(), time.process_time()
+        run()
+        wall[part], cpu[part] = time.perf_counter() - started, time.process_time() - spent
+    return {"wall": wall, "cpu": cpu}
+
+
+def memory(what: str) -> int:
+    """Bytes this process has (VmRSS), or had at most (VmHWM); 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith(what)]
+    return 1024 * int(line.split()[1])
+
+
+def forget_peak() -> None:
+    """From here on VmHWM counts anew (Linux, proc(5))."""
+    if Path("/proc/self/clear_refs").exists():
+        file = os.open("/proc/self/clear_refs", os.O_WRONLY)
+        os.write(file, b"5")
+        os.close(file)
+
+
+class Worker:
+    """The other end."""
+
+    def __init__(self, config: Path, size: str, system: str) -> None:
+        self.name = system
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115
+        program = "import sys; from nndecomp.build.throughput_worker import serve; serve(*sys.argv[1:])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", program, str(config), size, system],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+            env=os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.said.seek(0)
+            raise RuntimeError(f"the process of {self.name} ended:\n{self.said.read().decode()[-2000:]}")
+        return json.loads(line)
+
+    def ask(self, what: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        """Ends at the end of its input."""
+        self.process.communicate()
+        self.said.close()

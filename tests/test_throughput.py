@@ -1,0 +1,158 @@
+"""Timing training steps: who makes which step, on what, and what is made of the times."""
+
+import logging
+from math import comb
+from pathlib import Path
+
+import pytest
+import torch
+
+from nndecomp.build import throughput, throughput_systems
+from nndecomp.build.throughput_worker import FLOOR, Worker, size_of
+from nndecomp.config.compose import compose, dump
+from nndecomp.config.schema import RunConfig, SizeConfig
+from nndecomp.decompositions.activation_pointwise import JumpRelu
+from nndecomp.errors import SettingError
+from nndecomp.evaluation.timing import (
+    Floor,
+    Subject,
+    Times,
+    encoder_flops,
+    middle,
+    number,
+    rank,
+    ratio,
+    sparse_flops,
+)
+from nndecomp.report import throughput as report
+from nndecomp.training.flops import count, step_flops
+
+SIZE = SizeConfig(d_model=16, n_features=64, batch_tokens=128, k=4)
+CLT = SizeConfig(d_model=16, n_features=64, batch_tokens=128, k=4, n_layers=3)
+
+
+@pytest.fixture(scope="module")
+def cfg() -> RunConfig:
+    return compose("exp_020_throughput", ["+scale=smoke", "throughput.rounds=3"])
+
+
+def test_the_interval_of_a_median_covers_as_it_says():
+    for n in range(6, 60):
+        outside = [2 * sum(comb(n, i) for i in range(j)) / 2**n for j in (rank(n), rank(n) + 1)]
+        assert outside[0] <= 0.05 < outside[1], n
+    assert rank(3) == 1, "of few rounds all there is"
+
+
+def test_ratios_are_taken_within_rounds():
+    slow, fast = [2.0, 20.0, 200.0], [1.0, 10.0, 100.0]
+    assert ratio(slow, fast).low == ratio(slow, fast).high == 2.0
+    assert middle(slow).value == 20.0 and (middle(slow).low, middle(slow).high) == (2.0, 200.0)
+
+
+def test_numbers_have_three_digits_and_no_powers_of_ten():
+    assert [number(x) for x in (0.01234, 0.5, 1.234, 12.34, 123.4, 12345.6)] == [
+        *("0.0123", "0.500", "1.23", "12.3", "123", "12,346")
+    ]
+
+
+def test_the_parameters_of_a_size_are_those_of_the_dictionary(cfg: RunConfig):
+    for size in (SIZE, CLT):
+        system = throughput_systems.systems()["nndecomp_torch_topk"]
+        settings = throughput_systems.configured(cfg.decomposition, system, size)
+        rows = throughput_systems.rows(size, 1, seed=0)[0]
+        made = throughput_systems.objective(settings, size, rows, seed=0)
+        assert sum(p.numel() for p in made.parameters()) == size.n_parameters
+
+
+def test_what_a_sparse_step_needs_is_what_ours_is_counted_to_do(cfg: RunConfig):
+    system = throughput_systems.systems()["nndecomp_torch_topk"]
+    for size in (SIZE, CLT):
+        settings = throughput_systems.configured(cfg.decomposition, system, size)
+        rows = throughput_systems.rows(size, 1, seed=0)[0]
+        made = throughput_systems.objective(settings, size, rows, seed=0)
+        training = throughput_systems.training_config(cfg.training, system, size)
+        counted, _ = step_flops(made, rows, training)
+        # What the input's gradient would cost (the bias that centres it is trained) is not needed: one product of a row each.
+        assert sparse_flops(size) <= counted <= sparse_flops(size) + 2 * size.batch_tokens * size.k * size.d_model
+    floor = throughput_systems.floor(SIZE, throughput_systems.rows(SIZE, 1, seed=0)[0])
+    assert count(floor["encoder"]) == encoder_flops(SIZE)
+
+
+def test_rows_are_the_same_in_every_process_and_of_unit_mean_square():
+    one, other = (throughput_systems.rows(CLT, 2, seed=3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) and not torch.equal(one[0], one[1])
+    assert one[0].shape == (128, 2 * 3 * 16) and one[0].square().mean().item() == pytest.approx(1, rel=1e-5)
+
+
+def test_thresholds_start_where_twice_k_features_are_active(cfg: RunConfig):
+    system = throughput_systems.systems()["nndecomp_torch_jumprelu"]
+    rows = throughput_systems.rows(SIZE, 1, seed=0)[0]
+    settings = throughput_systems.configured(cfg.decomposition, system, SIZE)
+    made = throughput_systems.objective(settings, SIZE, rows, seed=0)
+    assert isinstance(made.dictionary.activation, JumpRelu)
+    _, terms = made.loss(rows, 0.0)
+    assert terms["l0"].item() == pytest.approx(SIZE.l0, rel=0.02) and SIZE.l0 == 8
+
+
+def test_a_process_steps_reports_its_memory_and_writes_a_trace(cfg: RunConfig, tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    worker = Worker(tmp_path / "config.yaml", "own", "nndecomp_torch_topk")
+    assert worker.read()["threads"] >= 1
+    times = worker.ask("step")
+    assert 0 < times["wall"]["step"] < 60 and times["cpu"]["step"] > 0
+    size = size_of(cfg, "own")
+    assert worker.ask("peak")["bytes"] >= 4 * size.n_parameters
+    worker.ask(f"trace {tmp_path / 'trace.json'}")
+    assert "addmm" in (tmp_path / "trace.json").read_text()
+    worker.close()
+    assert worker.process.returncode == 0
+
+
+def test_a_process_that_fails_says_why(cfg: RunConfig, tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    worker = Worker(tmp_path / "config.yaml", "own", "nobody")
+    with pytest.raises(RuntimeError, match="(?s)the process of nobody ended:.*KeyError"):
+        worker.read()
+    worker.close()
+
+
+def test_systems_that_are_not_there_are_said_once_and_refused_when_named(
+    cfg: RunConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    nobody = throughput_systems.System("a-library-of-nobody", throughput_systems.Activation.topk)
+    known = throughput_systems.systems() | {nobody.name: nobody}
+    monkeypatch.setattr(throughput, "systems", lambda: known)
+    assert cfg.throughput is not None
+    with caplog.at_level(logging.WARNING):
+        names = throughput.chosen(cfg.throughput)
+    assert "nndecomp_torch_topk" in names and nobody.name not in names
+    (said,) = caplog.messages
+    assert "a-library-of-nobody" in said and "cannot be imported and are left out" in said
+    cfg.throughput.systems = [nobody.name]
+    with pytest.raises(SettingError, match="a_library_of_nobody_topk.* need .*a-library-of-nobody"):
+        throughput.chosen(cfg.throughput)
+    cfg.throughput.systems = ["nobody_topk"]
+    with pytest.raises(SettingError, match="must be among nndecomp_torch_topk"):
+        throughput.chosen(cfg.throughput)
+    cfg.throughput.systems = None
+
+
+def test_sizes_that_are_not_there_are_refused():
+    with pytest.raises(SettingError, match="must name sizes among own, c3, c4"):
+        compose("exp_020_throughput", ["throughput.at=[c5]"])
+    with pytest.raises(SettingError, match="k=99 is more than n_features=8"):
+        SizeConfig(d_model=4, n_features=8, batch_tokens=4, k=99)
+
+
+def test_the_table_divides_by_what_does_the_same():
+    ours = Times(Subject("nndecomp", "1", "topk", "torch"), "own", [0.010, 0.012], [0.01, 0.01], 2**20)
+    theirs = Times(Subject("sae-lens", "2", "topk"), "own", [0.040, 0.048], [0.04, 0.04], 3 * 2**20)
+    other = Times(Subject("sae-lens", "2", "jumprelu"), "own", [0.040, 0.048], [0.04, 0.04], 3 * 2**20)
+    floor = Floor("own", SIZE, [0.004, 0.004], [0.001, 0.002], [0.1, 0.1], 8, 2)
+    table = report.table([ours, theirs, other], [floor])
+    assert list(table["times ours, torch"]) == ["-", "4.00 [4.00, 4.00]", "-"], "ours has no jumprelu here"
+    assert list(table["floor / step"]) == ["50%", "12%", "12%"]
+    found = report.scores([ours, theirs, other], [floor])
+    assert found["own/sae-lens_topk/times_torch"] == pytest.approx(4)
+    assert found["own/nndecomp_torch_topk/floor_share"] == pytest.approx(0.5)
+    assert {FLOOR, *found} and len(report.raw([ours, theirs, other], [floor])) == 3 * 2 + 3 * 2
