@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nndecomp.activations.first_rows import FirstRows
 from nndecomp.activations.sequences import SequenceBuffer, Sequences
+from nndecomp.activations.shared import View
 from nndecomp.activations.stream import RowStream
-from nndecomp.build.data import initial_rows, initial_sequences, scales, shuffled_sequences, stream
+from nndecomp.build.data import first_rows, initial_rows, initial_sequences, scales, shuffled_sequences, stream
 from nndecomp.build.end_to_end import attends, is_end_to_end, sequences
 from nndecomp.build.measuring import heldout, measured, scores
 from nndecomp.build.members import Member
@@ -19,39 +21,87 @@ from nndecomp.config.schema import (
 from nndecomp.decompositions.architectures import build_dictionary
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.objective import DictionaryObjective
-from nndecomp.targets.base import Target
+from nndecomp.decompositions.wiring import wire
+from nndecomp.targets.base import Shape, Target
 from nndecomp.tokens import heldout_tokens
 from nndecomp.training.clean_sequences import CleanSequences
 from nndecomp.training.end_to_end import EndToEndObjective
 from nndecomp.training.log import Log
 from nndecomp.training.loop import train
+from nndecomp.training.objective import Stream
 from nndecomp.training.state import saved_steps
 from nndecomp.types import Layout, Site
+
+Objectives = dict[str, DictionaryObjective] | dict[str, EndToEndObjective]
 
 
 def trained(
     cfg: RunConfig, target: Target, out: Path, members: Mapping[str, Member] | None = None
 ) -> dict[str, SparseDictionary]:
-    """Trains every dictionary of the run on one stream, going on from a checkpoint, and saves them.
+    """Trains every dictionary of the run on one stream, going on from a checkpoint, and saves them; those that were saved
+    before are read.
 
     members: what to train, where it is not what the settings name.
     """
     members = trainable(cfg) if members is None else members
-    if cfg.activations.kind is not ActivationsKind.synthetic:
-        heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
-    local, sites = objectives_of(cfg, target, members)
-    through = is_end_to_end(members)
-    rows = _batches(cfg, target, sites, members)
-    objectives = {name: EndToEndObjective(each, target) for name, each in local.items()} if through else local
-    if not saved_steps(out / "checkpoint"):
-        begin(cfg, target, local, members, sites)
+    if is_saved(out, members):
+        return {name: SparseDictionary.from_pretrained(_place(out, name), target.device) for name in members}
+    check_heldout(cfg, target)
+    objectives, rows = prepared(cfg, target, out, members)
     evaluate = looking(cfg, target, objectives, out.name) if cfg.training.evaluate_every else None
-    with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as progress:
-        train(objectives, rows, cfg.training, out, log=progress, evaluate=evaluate, description=cfg.name)
+    with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as log:
+        train(objectives, rows, cfg.training, out, log=log, evaluate=evaluate, description=cfg.name)
+    return save(out, objectives)
+
+
+def is_saved(out: Path, members: Mapping[str, Member]) -> bool:
+    return all(_place(out, name).exists() for name in members)
+
+
+def save(out: Path, objectives: Objectives) -> dict[str, SparseDictionary]:
+    """Of trained objectives, the dictionaries."""
     finished = {name: objective.finished() for name, objective in objectives.items()}
     for name, dictionary in finished.items():
-        dictionary.save_pretrained(out / "decompositions" / name)
+        dictionary.save_pretrained(_place(out, name))
     return finished
+
+
+def _place(out: Path, name: str) -> Path:
+    return out / "decompositions" / name
+
+
+def check_heldout(cfg: RunConfig, target: Target) -> None:
+    """Too little held-out text is refused now, not at the end."""
+    if cfg.activations.kind is not ActivationsKind.synthetic:
+        heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)
+
+
+def prepared(
+    cfg: RunConfig,
+    target: Target,
+    out: Path,
+    members: Mapping[str, Member],
+    first: FirstRows | None = None,
+    view: View | None = None,
+) -> tuple[Objectives, Stream]:
+    """Objectives as they stand before the first step, unless there is a checkpoint to go on from, and what they train on.
+
+    first: rows that are harvested already. view: what to train on, where it is not a stream of the run's own.
+    """
+    sites = sites_of(members, target.shape)
+    first = first_rows(cfg, target, sites) if first is None else first
+    local, _ = objectives_of(cfg, target, members, first)
+    rows = _batches(cfg, target, sites, members, first) if view is None else view
+    if not saved_steps(out / "checkpoint"):
+        begin(cfg, target, local, members, sites, first)
+    through = is_end_to_end(members)
+    return {name: EndToEndObjective(each, target) for name, each in local.items()} if through else local, rows
+
+
+def sites_of(members: Mapping[str, Member], shape: Shape) -> list[Site]:
+    """Everything that one of them reads or writes."""
+    groups = [group for each in members.values() for group in wire(each.config, shape).groups]
+    return sorted({site for group in groups for site in (*group.reads, *group.writes)})
 
 
 def untrained(
@@ -65,28 +115,28 @@ def untrained(
 
 
 def objectives_of(
-    cfg: RunConfig, target: Target, members: Mapping[str, Member]
+    cfg: RunConfig, target: Target, members: Mapping[str, Member], first: FirstRows | None = None
 ) -> tuple[dict[str, DictionaryObjective], list[Site]]:
     """Objectives, and the sites of the rows that they take."""
     dictionaries = {
         name: build_dictionary(each.config, target.shape, each.seed, target.device, target.name)
         for name, each in members.items()
     }
-    sites = sorted({site for each in dictionaries.values() for site in (*each.reads, *each.writes)})
+    sites = sites_of(members, target.shape)
     layout = Layout.of({site: target.shape.width(site) for site in sites})
-    scale = scales(cfg, target, sites)
+    scale = scales(cfg, target, sites, first)
     return {
         name: DictionaryObjective(each, members[name].config, layout, scale) for name, each in dictionaries.items()
     }, sites
 
 
 def _batches(
-    cfg: RunConfig, target: Target, sites: Sequence[Site], members: Mapping[str, Member]
+    cfg: RunConfig, target: Target, sites: Sequence[Site], members: Mapping[str, Member], first: FirstRows | None
 ) -> RowStream | SequenceBuffer | CleanSequences:
     """One stream for all: of rows where that is enough, else of whole sequences."""
     if is_end_to_end(members):
         return sequences(cfg, target, sites, members)
-    return (shuffled_sequences if attends(members) else stream)(cfg, target, sites)
+    return shuffled_sequences(cfg, target, sites) if attends(members) else stream(cfg, target, sites, first)
 
 
 def begin(
@@ -95,14 +145,18 @@ def begin(
     objectives: Mapping[str, DictionaryObjective],
     members: Mapping[str, Member],
     sites: Sequence[Site],
+    first: FirstRows | None = None,
 ) -> None:
     """Starts every objective, from as many as it asks for of rows that all have in common."""
     n = {name: members[name].config.initial_tokens for name in objectives}
     attends = any(objective.dictionary.needs_sequences for objective in objectives.values())
-    rows = (initial_sequences if attends else initial_rows)(cfg, target, sites, max(n.values()))
+    largest = max(n.values())
+    rows = (
+        initial_sequences(cfg, target, sites, largest) if attends else initial_rows(cfg, target, sites, largest, first)
+    )
     for name, objective in objectives.items():
-        first = rows.first(n[name]) if isinstance(rows, Sequences) else rows[: n[name]]
-        objective.start(first, target, members[name].seed)
+        own = rows.first(n[name]) if isinstance(rows, Sequences) else rows[: n[name]]
+        objective.start(own, target, members[name].seed)
 
 
 def looking(

@@ -1,5 +1,6 @@
 """What the rest of the package needs from a model under study."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -133,6 +134,15 @@ class Target(ABC):
         """The same target with `logits` of the model named: of one model, itself."""
         assert model is None, f"there is one target, and none called {model}"
         return self
+
+    def twin(self) -> "Target":
+        """The same weights, in memory once, behind hooks of its own: both can run at the same time."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, nn.Module):
+                weights = {id(tensor): tensor for tensor in (*value.parameters(), *value.buffers())}
+                setattr(other, name, copy.deepcopy(value, weights))
+        return other
 
     @abstractmethod
     def record(

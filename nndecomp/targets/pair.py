@@ -86,6 +86,11 @@ class PairedTarget(Target):
         other.predicts = model
         return other
 
+    def twin(self) -> "PairedTarget":
+        other = copy(self)
+        other.pair = {model: each.twin() for model, each in self.pair.items()}
+        return other
+
     def record(
         self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site]
     ) -> dict[Site, Float[Tensor, "batch pos width"]]:
