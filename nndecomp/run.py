@@ -107,7 +107,7 @@ def run(cfg: RunConfig, out: Path, main: Main, overrides: Sequence[str]) -> dict
 
 
 def set_process(cfg: RunConfig) -> None:
-    """The state a process has only one of: seeds and threads."""
+    """The state a process has only one of: seeds, threads, and what computes the hot path."""
     import numpy as np
     import torch  # late: takes seconds
 
@@ -117,13 +117,24 @@ def set_process(cfg: RunConfig) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
 
+    from nndecomp.decompositions import backends
+
+    backends.use(cfg.backend)
+
 
 def same_settings(cfg: RunConfig, out: Path) -> None:
     """A directory belongs to one set of settings; only where the run happens and who is told may change."""
     before = load(out / "config.yaml")
     changed = differences(
         before,
-        replace(cfg, device=before.device, threads=before.threads, allow_dirty=before.allow_dirty, log=before.log),
+        replace(
+            cfg,
+            device=before.device,
+            threads=before.threads,
+            backend=before.backend,
+            allow_dirty=before.allow_dirty,
+            log=before.log,
+        ),
     )
     require(
         not changed, f"{out} holds a run with other settings ({'; '.join(changed)}); give this one its own directory"

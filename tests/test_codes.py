@@ -6,8 +6,9 @@ from reference.dictionary import batchtopk as slow_batchtopk
 from reference.dictionary import topk as slow_topk
 
 from nndecomp.decompositions import kernels
+from nndecomp.decompositions.backends.pure import batchtopk_support, threshold_support, topk_support
 from nndecomp.decompositions.codes import Codes, DenseCodes, SparseCodes
-from nndecomp.decompositions.kernels import Support, batchtopk_support, threshold_support, topk_support
+from nndecomp.decompositions.support import Support
 
 # Three tokens, four features: token 0 has features 1 and 3, token 1 none, token 2 features 0 and 3.
 MATRIX = torch.tensor([[0.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [5.0, 0.0, 0.0, 3.0]])

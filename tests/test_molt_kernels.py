@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nndecomp.decompositions.kernels import Support
 from nndecomp.decompositions.molt_kernels import atoms_of, frobenius_norms, transformed
+from nndecomp.decompositions.support import Support
 
 RANKS = [(1, 4), (2, 3), (4, 2)]  # nine transforms, 18 atoms
 RANK = torch.tensor([1, 1, 1, 1, 2, 2, 2, 4, 4])

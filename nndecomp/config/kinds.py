@@ -24,6 +24,15 @@ class Architecture(Enum):
         return self in (Architecture.neurons, Architecture.principal_directions, Architecture.random_directions)
 
 
+class BackendKind(Enum):
+    """What computes selection, gathers and segment sums of sparse codes; see `nndecomp.decompositions.backends`."""
+
+    auto = "auto"  # native on the CPU where it can be compiled, triton on CUDA where it is installed, else torch
+    torch = "torch"
+    native = "native"
+    triton = "triton"
+
+
 class Ranking(Enum):
     """By what each token's neurons are ranked; h is a neuron's activation."""
 

@@ -18,6 +18,7 @@ from nndecomp.config.kinds import (
     Activation,
     Architecture,
     AttentionStart,
+    BackendKind,
     CodeNormalisation,
     Dead,
     Decoder,
@@ -57,6 +58,7 @@ __all__ = [
     "ActivationsKind",
     "Architecture",
     "AttentionStart",
+    "BackendKind",
     "CanonicalConfig",
     "CodeNormalisation",
     "CompareConfig",
@@ -133,6 +135,7 @@ class RunConfig:
     name: str  # the experiment
     seed: int
     device: str  # auto, cpu, cuda, cuda:1, mps
+    backend: BackendKind = BackendKind.auto
     threads: int | None = None  # CPU threads of one process; null: torch's own choice
     allow_dirty: bool = False  # on SLURM: run code that is not committed
     target: TargetConfig

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nndecomp.decompositions.backends.interface import Affine
 from nndecomp.decompositions.codes import Codes, Scales
-from nndecomp.decompositions.kernels import Support
+from nndecomp.decompositions.support import Selected, Support
 
 
 class ActivationFunction(nn.Module):
@@ -61,6 +62,10 @@ class Ranking(Selecting, ABC):
     """Selects by the size of pre-activations."""
 
     signed = False  # whether negative codes are kept
+
+    def select(self, of: Sequence[Affine], groups: Sequence[int]) -> list[Selected] | None:
+        """The active entries of the given groups without the matrix of pre-activations; null where that takes all of them."""
+        return None
 
     @abstractmethod
     def supports(self, scores: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:

@@ -7,15 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nndecomp.config.schema import Scope
+from nndecomp.decompositions import backends
 from nndecomp.decompositions.activation_base import Ranking
+from nndecomp.decompositions.backends.interface import Affine
+from nndecomp.decompositions.backends.pure import batchtopk_support, threshold_support, topk_support
 from nndecomp.decompositions.codes import Codes, Scales
-from nndecomp.decompositions.kernels import (
-    Support,
-    batchtopk_support,
-    split_support,
-    threshold_support,
-    topk_support,
-)
+from nndecomp.decompositions.support import Selected, Support, split_support
 
 
 class TopK(Ranking):
@@ -27,6 +24,11 @@ class TopK(Ranking):
     def __init__(self, k: Sequence[int], scope: Scope) -> None:
         super().__init__()
         self.k, self.scope = list(k), scope
+
+    def select(self, of: Sequence[Affine], groups: Sequence[int]) -> list[Selected] | None:
+        if self.signed or self.scope is Scope.all:
+            return None
+        return [backends.of(each.W).topk(each, self.k[group]) for each, group in zip(of, groups, strict=True)]
 
     def supports(self, scores: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
         match self.scope:
@@ -74,6 +76,19 @@ class BatchTopK(Ranking):
         self.threshold: Tensor
         self.register_buffer("threshold", torch.full((n_thresholds,), torch.nan))
 
+    def select(self, of: Sequence[Affine], groups: Sequence[int]) -> list[Selected] | None:
+        n_tokens, backend = len(of[0].x), backends.of(of[0].W)
+        if not self.training:
+            each = zip(of, self._thresholds(groups), strict=True)
+            return [backend.above(one, threshold.expand(len(one.W))) for one, threshold in each]
+        match self.scope:
+            case Scope.group:
+                each = zip(of, groups, strict=True)
+                return [backend.batchtopk([one], self.k[group] * n_tokens)[0] for one, group in each]
+            case Scope.all:
+                assert len(groups) == len(self.k), f"groups {groups} compete with all {len(self.k)}"
+                return backend.batchtopk(of, sum(self.k) * n_tokens)
+
     def supports(self, scores: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
         if not self.training:
             return self._above_threshold(scores, groups)
@@ -90,13 +105,17 @@ class BatchTopK(Ranking):
                 return split_support(support, [each.shape[1] for each in scores])
 
     def _above_threshold(self, scores: Sequence[Tensor], groups: Sequence[int]) -> list[Support]:
+        each = zip(scores, self._thresholds(groups), strict=True)
+        return [threshold_support(score, threshold) for score, threshold in each]
+
+    def _thresholds(self, groups: Sequence[int]) -> list[Float[Tensor, ""]]:
         if bool(self.threshold.isnan().any()):
             raise ValueError(
                 "batchtopk has no inference threshold yet: it is learned in training steps (after_step), "
                 "and evaluating without one would silently be another activation function"
             )
         threshold = self.threshold.expand(len(self.k))
-        return [threshold_support(each, threshold[group]) for each, group in zip(scores, groups, strict=True)]
+        return [threshold[group] for group in groups]
 
     @torch.no_grad()
     def after_step(self, codes: Codes, scales: Scales) -> None:

@@ -21,8 +21,8 @@ from nndecomp.decompositions import kernels
 from nndecomp.decompositions.base import GroupCost
 from nndecomp.decompositions.encoders import LinearEncoder
 from nndecomp.decompositions.group import Group
-from nndecomp.decompositions.kernels import Support
 from nndecomp.decompositions.spec import AttentionSpec, DictionarySpec, GroupSpec
+from nndecomp.decompositions.support import Support
 
 
 class AttentionGroup(Group):
@@ -150,7 +150,7 @@ class _AtPatterns(torch.autograd.Function):
         row, order = (support.tokens * ctx.n_patterns + pattern).sort(stable=True)
         own = Support.of(row, support.indices[order], len(rows), support.n_features)
         sorted_grad = grad[order]
-        grad_rows = kernels.bag(own.indices, W_enc, own.offsets, sorted_grad) if need_rows else None
+        grad_rows = kernels.bag(own, W_enc, sorted_grad) if need_rows else None
         grad_W = kernels.feature_sums(own, rows, sorted_grad) if need_W else None
         grad_b = grad.new_zeros(support.n_features).index_add_(0, support.indices, grad) if need_b else None
         return grad_rows, grad_W, grad_b, None, None, None

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nndecomp.decompositions import kernels
-from nndecomp.decompositions.kernels import Support
+from nndecomp.decompositions.support import Support
 
 
 @dataclass(frozen=True)

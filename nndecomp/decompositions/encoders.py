@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from nndecomp.config.schema import Encoder
 from nndecomp.decompositions import kernels
-from nndecomp.decompositions.kernels import Support
+from nndecomp.decompositions.backends.pure import selected
+from nndecomp.decompositions.support import Support
 
 
 class LinearEncoder(nn.Module):
@@ -49,7 +50,7 @@ class LinearEncoder(nn.Module):
     ) -> Float[Tensor, "slot"]:
         """Pre-activations of active entries alone; gradients reach no others. `affine` carries none."""
         parts = zip(self.maps, affine, strict=True)
-        return self.combine(*(kernels.active_pre(x, W, b, dense, support) for (W, b), dense in parts))
+        return self.combine(*(kernels.active_pre(x, W, b, selected(dense, support)) for (W, b), dense in parts))
 
     @torch.no_grad()
     def fold(self, s: Float[Tensor, "d_read"], m: Float[Tensor, "d_read"]) -> Float[Tensor, "feature"]:

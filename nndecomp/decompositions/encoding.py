@@ -7,13 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nndecomp.decompositions import pursuit
+from nndecomp.decompositions import kernels, pursuit
 from nndecomp.decompositions.activation_base import ActivationFunction, Pointwise, Ranking
 from nndecomp.decompositions.activation_pointwise import Gated
+from nndecomp.decompositions.backends.interface import Affine
 from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding, Scales, SparseCodes
+from nndecomp.decompositions.encoders import LinearEncoder
 from nndecomp.decompositions.group import Group
-from nndecomp.decompositions.kernels import Support, split_slots
 from nndecomp.decompositions.pursuit import MatchingPursuit
+from nndecomp.decompositions.support import Selected, Support, split_slots
 
 Inputs = Sequence[Float[Tensor, "token _"]]
 Made = TypeVar("Made")
@@ -61,6 +63,11 @@ def _pointwise(
 def _ranked(
     activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
 ) -> Codes:
+    found = _selected(activation, banks, inputs, groups, scales)
+    if found is not None:
+        each = zip(banks, inputs, found, strict=True)
+        values = [kernels.active_pre(x, bank.W_enc, bank.b_enc, own) for bank, x, own in each]
+        return Codes(tuple(SparseCodes(z.relu(), own.support) for z, own in zip(values, found, strict=True)))
     with torch.no_grad():
         affine = _by_encoder(banks, inputs, lambda bank, x: bank.linear_encoder.affine(x))
         pres = [bank.linear_encoder.combine(*maps) for bank, maps in zip(banks, affine, strict=True)]
@@ -72,6 +79,18 @@ def _ranked(
         # A negative pre-activation among the k largest becomes 0, which is not active.
         codes.append(SparseCodes(values if activation.signed else values.relu(), support))
     return Codes(tuple(codes))
+
+
+@torch.no_grad()
+def _selected(
+    activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
+) -> list[Selected] | None:
+    """What is active, where every group has an affine encoder of its own and selection needs no matrix of pre-activations."""
+    encoders = [bank.linear_encoder for bank in banks]
+    if len(set(map(id, encoders))) < len(banks) or any(type(encoder) is not LinearEncoder for encoder in encoders):
+        return None
+    each = zip(inputs, encoders, scales, strict=True)
+    return activation.select([Affine(x, encoder.W_enc, encoder.b_enc, c) for x, encoder, c in each], groups)
 
 
 def _pursued(

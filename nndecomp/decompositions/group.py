@@ -29,6 +29,8 @@ def _span(layout: Layout, sites: Sequence[Site], group: str) -> slice:
 class Group(nn.Module):
     """`of`: the group whose encoder it uses. A group of a dictionary that pursues has none: its decoder encodes."""
 
+    sums_rows = True  # what it writes, but for a linear skip, is its codes' sum of decoder rows
+
     def __init__(self, spec: GroupSpec, whole: DictionarySpec, of: "Group | None") -> None:
         super().__init__()
         self.encoder: LinearEncoder | None

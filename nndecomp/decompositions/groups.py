@@ -19,16 +19,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nndecomp.activations.sequences import RowsOrSequences, Sequences
+from nndecomp.activations.sequences import RowsOrSequences, Sequences, rows_of
 from nndecomp.config.schema import CodeNormalisation
 from nndecomp.decompositions.activation import make_activation
 from nndecomp.decompositions.activation_base import Selecting
 from nndecomp.decompositions.activation_pointwise import JumpRelu
 from nndecomp.decompositions.attention import AttentionGroup
 from nndecomp.decompositions.base import Decomposition, GroupCost
-from nndecomp.decompositions.codes import Codes, Encoding
+from nndecomp.decompositions.codes import Codes, Encoding, SparseCodes
 from nndecomp.decompositions.encoding import encode
 from nndecomp.decompositions.group import Group
+from nndecomp.decompositions.kernels import Written, decode_groups
 from nndecomp.decompositions.live import DictionaryRun
 from nndecomp.decompositions.molt import TransformGroup
 from nndecomp.decompositions.pretrained import Pretrained
@@ -147,9 +148,22 @@ class SparseDictionary(Pretrained, Decomposition):
 
     def decode(self, codes: Codes, x: RowsOrSequences) -> Float[Tensor, "token d_writes"]:
         """x is read only by the linear skip."""
+        sparse = [each for each in codes if isinstance(each, SparseCodes)]
+        if len(sparse) == len(self.banks) and all(bank.sums_rows for bank in self.banks):
+            return self._decode_together(sparse, x)
         y_hat = self.b_dec.repeat(codes.n_tokens, 1)
         for bank, group_codes in zip(self.banks, codes, strict=True):
             y_hat[:, bank.writes] += bank.contribution(x[:, bank.reads], group_codes)
+        return y_hat
+
+    def _decode_together(self, codes: Sequence[SparseCodes], x: RowsOrSequences) -> Float[Tensor, "token d_writes"]:
+        """All groups in one operation: what they write is added in place, and its gradient is read where it stands."""
+        written = [Written(bank.writes, own.support) for bank, own in zip(self.banks, codes, strict=True)]
+        W_decs = [bank.W_dec for bank in self.banks]
+        y_hat = decode_groups(self.b_dec, written, [own.values for own in codes], W_decs)
+        for bank in self.banks:
+            if bank.W_skip is not None:
+                y_hat[:, bank.writes] += rows_of(x[:, bank.reads]) @ bank.W_skip
         return y_hat
 
     def forward(self, x: RowsOrSequences) -> tuple[Float[Tensor, "token d_writes"], Codes]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.decompositions.codes import Codes, GroupCodes, SparseCodes
 from nndecomp.decompositions.groups import SparseDictionary
-from nndecomp.decompositions.kernels import Support
+from nndecomp.decompositions.support import Support
 
 
 def block_sizes(n_features: int, shares: Sequence[float]) -> list[int]:

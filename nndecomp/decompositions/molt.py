@@ -36,6 +36,7 @@ def require_rows(groups: Sequence[nn.Module], because: str) -> None:
 class TransformGroup(Group):
     """A bank of transforms, those of one rank side by side, ranks increasing."""
 
+    sums_rows = False
     rank: Tensor
     first: Tensor
     b_V: Tensor

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nndecomp.decompositions import kernels
-from nndecomp.decompositions.kernels import Support
+from nndecomp.decompositions.support import Support
 
 
 def atoms_of(
@@ -43,7 +43,7 @@ class _Dots(torch.autograd.Function):
         (grad,) = grads
         x, V = ctx.saved_tensors
         support: Support = ctx.support
-        grad_x = kernels.bag(support.indices, V, support.offsets, grad) if ctx.needs_input_grad[0] else None
+        grad_x = kernels.bag(support, V, grad) if ctx.needs_input_grad[0] else None
         grad_V = kernels.feature_sums(support, x, grad) if ctx.needs_input_grad[1] else None
         return grad_x, grad_V, None
 

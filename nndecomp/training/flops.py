@@ -18,7 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-from nndecomp.config.schema import Optimizer, TrainingConfig
+from nndecomp.config.schema import BackendKind, Optimizer, TrainingConfig
+from nndecomp.decompositions import backends
 from nndecomp.decompositions.spd.losses import faithfulness
 from nndecomp.training.loop import Trainee
 from nndecomp.training.objective import Objective
@@ -104,7 +105,8 @@ class _Counting(TorchDispatchMode):
 def count(run: Callable[[], object]) -> int:
     """FLOPs of one call of `run`."""
     counting = _Counting()
-    with counting:
+    # Only torch's own operations are seen; the other backends do the same sums.
+    with backends.using(BackendKind.torch), counting:
         run()
     assert not counting.missed, f"there is no formula for the cost of {', '.join(sorted(counting.missed))}"
     return counting.total

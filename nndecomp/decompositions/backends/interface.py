@@ -1,0 +1,66 @@
+"""What a backend has: the primitives of the hot path, on tensors without gradient."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nndecomp.decompositions.support import Selected, Support
+
+
+@dataclass(frozen=True)
+class Affine:
+    """z = x @ W.T + b, compared as z c (c null: 1)."""
+
+    x: Float[Tensor, "token d"]
+    W: Float[Tensor, "feature d"]
+    b: Float[Tensor, "feature"]
+    c: Float[Tensor, "feature"] | None
+
+
+@runtime_checkable
+class Backend(Protocol):
+    name: str
+
+    def topk(self, of: Affine, k: int) -> Selected:
+        """The k entries of every token with the largest z c; exactly k, also where fewer are positive."""
+        ...
+
+    def batchtopk(self, of: Sequence[Affine], n_slots: int) -> list[Selected]:
+        """The n_slots entries with the largest strictly positive z c of all tokens and groups together; all positive ones where
+        there are fewer."""
+        ...
+
+    def above(self, of: Affine, threshold: Float[Tensor, "feature"]) -> Selected:
+        """Every entry with z c > threshold."""
+        ...
+
+    def by_feature(
+        self, indices: Int[Tensor, "slot"], n_features: int
+    ) -> tuple[Int[Tensor, "slot"], Int[Tensor, "feature_and_one"]]:
+        """Slots sorted by feature, in their order where it is the same one, and where each feature's slots start."""
+        ...
+
+    def add_bags(
+        self,
+        out: Float[Tensor, "token d"],
+        support: Support,
+        weights: Float[Tensor, "slot"],
+        table: Float[Tensor, "feature d"],
+    ) -> None:
+        """out[t] += sum over the slots s of token t of weights[s] * table[feature of s]. `out` may be a span of columns."""
+        ...
+
+    def dots(
+        self, rows: Float[Tensor, "token d"], table: Float[Tensor, "feature d"], support: Support
+    ) -> Float[Tensor, "slot"]:
+        """rows[token] . table[feature] at every slot. `rows` may be a span of columns."""
+        ...
+
+    def feature_sums(
+        self, support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"]
+    ) -> Float[Tensor, "feature d"]:
+        """For each feature the sum over its slots s of weights[s] * rows[token of s]. `rows` may be a span of columns."""
+        ...

@@ -1,0 +1,231 @@
+"""Every backend selects what sorting selects, and adds up what dense products add up: forward and backward."""
+
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import torch
+from decomposition_parts import ARCHITECTURES, objective, planted
+from torch import Tensor
+
+from nndecomp.config.schema import Activation, BackendKind, Scope
+from nndecomp.decompositions import backends, kernels
+from nndecomp.decompositions.backends import native
+from nndecomp.decompositions.backends.interface import Affine, Backend
+from nndecomp.decompositions.backends.pure import Pure
+from nndecomp.decompositions.codes import SparseCodes
+from nndecomp.decompositions.support import Selected, Support
+from nndecomp.errors import SettingError
+
+needs_native = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+BACKENDS = [
+    pytest.param(Pure(), id="torch"),
+    pytest.param(native.BACKEND, id="native", marks=needs_native),
+]
+SIZES = [(1, 3, 5, 1), (7, 6, 24, 3), (40, 33, 300, 8), (70, 16, 2500, 31)]  # tokens, d, features, k
+
+
+def affine(n_tokens: int, d: int, n_features: int, *, scaled: bool = False, seed: int = 0) -> Affine:
+    draw = torch.Generator().manual_seed(seed)
+    x, W = (torch.randn(n, d, generator=draw) for n in (n_tokens, n_features))
+    c = 0.5 + torch.rand(n_features, generator=draw) if scaled else None
+    return Affine(x, W, torch.randn(n_features, generator=draw), c)
+
+
+def pre_and_score(of: Affine) -> tuple[Tensor, Tensor]:
+    pre = of.x @ of.W.T + of.b
+    return pre, pre if of.c is None else pre * of.c
+
+
+def mask(selected: Selected) -> Tensor:
+    chosen = torch.zeros(selected.support.n_tokens, selected.support.n_features, dtype=torch.int64)
+    chosen.index_put_((selected.support.tokens, selected.support.indices), torch.tensor(1), accumulate=True)
+    assert chosen.max() <= 1, "an entry has one slot"
+    return chosen.bool()
+
+
+def values(selected: Selected) -> Tensor:
+    return SparseCodes(selected.values, selected.support).dense()
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """So small that these sizes take several, of features and of tokens."""
+    monkeypatch.setattr(native, "BLOCK", 16 * 256)
+    yield
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_topk_is_the_k_largest_of_each_token(backend: Backend, size, scaled):
+    *shape, k = size
+    of = affine(*shape, scaled=scaled)
+    pre, score = pre_and_score(of)
+    found = backend.topk(of, k)
+    expected = torch.zeros_like(score).scatter(1, score.topk(k).indices, 1).bool()
+    assert torch.equal(mask(found), expected)
+    assert found.support.offsets.tolist() == [k * t for t in range(shape[0] + 1)]
+    torch.testing.assert_close(values(found), pre * expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_batchtopk_is_the_largest_of_the_batch(backend: Backend, size, scaled):
+    *shape, k = size
+    for seed in range(3):  # the second and third time it knows where the first one's threshold was
+        of = affine(*shape, scaled=scaled, seed=seed)
+        pre, score = pre_and_score(of)
+        n_slots = k * shape[0]
+        (found,) = backend.batchtopk([of], n_slots)
+        best = score.flatten().topk(n_slots)
+        expected = torch.zeros(score.numel()).scatter(0, best.indices[best.values > 0], 1).view_as(score).bool()
+        assert torch.equal(mask(found), expected)
+        torch.testing.assert_close(values(found), pre * expected)
+
+
+@needs_native
+def test_a_batch_after_one_of_another_size_is_selected_as_if_it_were_the_first():
+    backend = native.Native()
+    of = affine(40, 33, 300)
+    loud = Affine(100 * of.x, of.W, of.b, None)
+    first = mask(backend.batchtopk([of], 200)[0])
+    backend.batchtopk([loud], 200)
+    assert torch.equal(mask(backend.batchtopk([of], 200)[0]), first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_that_share_a_batch_compete(backend: Backend):
+    parts = [affine(12, 5, n, seed=n) for n in (40, 7, 90)]
+    scores = torch.cat([pre_and_score(of)[1] for of in parts], 1)
+    together = torch.cat([mask(each) for each in backend.batchtopk(parts, 60)], 1)
+    best = scores.flatten().topk(60).indices
+    assert torch.equal(together.flatten().nonzero().squeeze(1), best.sort().values)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_above_is_every_entry_above_its_features_threshold(backend: Backend, scaled):
+    of = affine(40, 33, 300, scaled=scaled)
+    threshold = torch.linspace(-3, 20, 300)
+    pre, score = pre_and_score(of)
+    found = backend.above(of, threshold)
+    assert torch.equal(mask(found), score > threshold)
+    torch.testing.assert_close(values(found), pre * (score > threshold))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fewer_positive_entries_than_asked_for(backend: Backend):
+    of = affine(9, 4, 30)
+    low = Affine(of.x, of.W, of.b - 6, None)
+    score = pre_and_score(low)[1]
+    (found,) = backend.batchtopk([low], 100)
+    assert torch.equal(mask(found), score > 0) and int((score > 0).sum()) < 100
+    assert backend.topk(low, 5).support.offsets[-1] == 45
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_entries_fill_what_is_left(backend: Backend):
+    same = Affine(torch.ones(4, 2), torch.ones(50, 2), torch.zeros(50), None)
+    assert backend.topk(same, 7).support.offsets.tolist() == [0, 7, 14, 21, 28]
+    assert mask(backend.topk(same, 7)).sum(1).tolist() == [7, 7, 7, 7]
+    assert len(backend.batchtopk([same], 33)[0].values) == 33
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_a_number_is_seen(backend: Backend):
+    of = affine(7, 6, 24)
+    of.x[3, 2] = torch.nan
+    found = backend.topk(of, 3)
+    assert values(found)[3].isnan().any() and not values(found)[[0, 1, 2, 4, 5, 6]].isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("d", "columns"), list(product((1, 7, 32, 70), (slice(None), slice(3, None)))))
+def test_sums_and_dots_equal_dense_products(backend: Backend, d, columns):
+    draw = torch.Generator().manual_seed(d)
+    dense = torch.randn(30, 50, generator=draw) * (torch.rand(30, 50, generator=draw) < 0.2)
+    dense[4] = 0  # a token without features
+    dense[:, 9] = 0  # a feature without tokens
+    tokens, indices = dense.nonzero(as_tuple=True)
+    support = Support.of(tokens, indices, 30, 50)
+    table = torch.randn(50, d, generator=draw)
+    wide = torch.randn(30, d + (columns.start or 0), generator=draw)
+    rows, weights = wide[:, columns], dense[tokens, indices]
+    out = wide.clone()
+    backend.add_bags(out[:, columns], support, weights, table)
+    torch.testing.assert_close(out[:, columns], rows + dense @ table)
+    assert torch.equal(out[:, : columns.start or 0], wide[:, : columns.start or 0])
+    torch.testing.assert_close(backend.dots(rows, table, support), (rows @ table.T)[tokens, indices])
+    torch.testing.assert_close(backend.feature_sums(support, rows, weights), dense.T @ rows)
+    order, bounds = backend.by_feature(indices, 50)
+    assert torch.equal(order, indices.sort(stable=True).indices)
+    assert torch.equal(bounds.diff(), torch.bincount(indices, minlength=50)) and bounds[0] == 0
+
+
+def gradients(backend: BackendKind, **settings) -> tuple[float, dict[str, Tensor]]:
+    with backends.using(backend):
+        made = objective(**settings)
+        loss, _ = made.loss(planted(made.layout, 200), 0.0)
+        loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+
+
+@needs_native
+@pytest.mark.parametrize("activation", [Activation.topk, Activation.batchtopk], ids=lambda a: a.value)
+@pytest.mark.parametrize("scope", Scope, ids=lambda s: s.value)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_native_losses_and_gradients_are_those_of_torch(architecture, scope, activation):
+    settings = ARCHITECTURES[architecture] | {"activation": activation, "scope": scope}
+    loss, grads = gradients(BackendKind.torch, **settings)
+    native_loss, native_grads = gradients(BackendKind.native, **settings)
+    assert native_loss == pytest.approx(loss, rel=1e-5)
+    assert native_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(
+            native_grads[name], grad, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@needs_native
+def test_the_number_of_threads_changes_no_bit():
+    of, before = affine(70, 16, 2500), torch.get_num_threads()
+    weights = torch.randn(70 * 31, generator=torch.Generator().manual_seed(3))
+    results = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        found = native.BACKEND.topk(of, 31)
+        sums = native.BACKEND.feature_sums(found.support, of.x, weights)
+        results.append((found.support.indices, sums, kernels.bag(found.support, of.W, weights)))
+    torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_other_precisions_and_autocast_are_torchs():
+    assert backends.of(torch.zeros(1, dtype=torch.float64)).name == "torch"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backends.of(torch.zeros(1)).name == "torch"
+    with backends.using(BackendKind.torch):
+        assert backends.of(torch.zeros(1)).name == "torch"
+
+
+@needs_native
+def test_on_the_cpu_native_is_what_runs_by_default():
+    assert backends.of(torch.zeros(1)).name == "native"
+
+
+def test_without_a_compiler_native_is_refused_and_auto_says_so_once(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.obstacle.cache_clear()
+    native.available.cache_clear()
+    try:
+        with pytest.raises(SettingError, match="backend=native: there is no C\\+\\+ compiler \\(no-such-compiler"):
+            backends.use(BackendKind.native)
+        assert backends.of(torch.zeros(1)).name == "torch"
+        assert backends.of(torch.zeros(1)).name == "torch"
+        assert len([record for record in caplog.records if "no-such-compiler" in record.message]) == 1
+    finally:
+        native.obstacle.cache_clear()
+        native.available.cache_clear()
