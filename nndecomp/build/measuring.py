@@ -86,15 +86,19 @@ def scores(rows: "DataFrame") -> dict[str, float]:
 def reported(rows: "DataFrame", out: Path) -> dict[str, float]:
     """Writes the rows, draws the Pareto figure, writes and prints the table, and returns the scores.
 
-    Where families have fronts to compare, these too, and the areas under them.
+    Where families have fronts to compare, these too, and the areas under them; and masks of evaluation.masks.
     """
-    from nndecomp.report import figures, fronts, style, tables  # late: matplotlib and pandas are slow to import
+    from nndecomp.report import figures, fronts, masks, style, tables  # late: matplotlib and pandas are slow to import
 
     write_rows(rows, out / "rows.parquet")
     style.save(figures.pareto(rows), out / "figures", "pareto")
     table = tables.summary(rows)
     write_text(out / "table.md", tables.markdown(table))
     print(tables.terminal(table), *tables.notices(rows), sep="\n")
+    under_masks = masks.table(rows)
+    if under_masks is not None:
+        write_text(out / "masks.md", tables.markdown(under_masks))
+        print(f"\nunder masks (evaluation.masks)\n{tables.terminal(under_masks)}")
     if fronts.measured_inputs(rows):
         report_fronts(rows, out)
     return scores(rows)

@@ -1,11 +1,12 @@
 """Settings -> a parameter decomposition, trained, and the gates behind which it is measured."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from nndecomp.build.measuring import heldout, measured, scores
 from nndecomp.build.parameter_checks import check_parameters
+from nndecomp.config.evaluation import MasksConfig
 from nndecomp.config.schema import (
     EvaluationConfig,
     Inputs,
@@ -18,6 +19,7 @@ from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
 from nndecomp.decompositions.spd.gated import GatedParameters
 from nndecomp.decompositions.spd.gates import Gate, GateKind
 from nndecomp.decompositions.spd.pretrained import load_parameters, save_parameters
+from nndecomp.evaluation.masking import chosen_maps
 from nndecomp.targets.base import Target
 from nndecomp.targets.maps import find_maps
 from nndecomp.tokens import heldout_tokens, open_tokens
@@ -54,6 +56,7 @@ def trained_parameters(cfg: RunConfig, target: Target, out: Path) -> ParameterDe
     check_parameters(cfg)
     heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
     made = objective(cfg, spd, target)
+    check_subsets(cfg.evaluation, list(made.decomposition.maps))  # refused now, not when it is evaluated
     if not saved_steps(out / "checkpoint"):
         made.start(cfg.name)
     evaluate = _looking(cfg, target, made, out.name) if cfg.training.evaluate_every else None
@@ -90,12 +93,24 @@ def gated(
 
     writes: only maps that take part in these sites are gated, the others stay as they are; null: all.
     """
-    return {
+    made = {
         f"{name}_{gate.name}": GatedParameters(each, target, gate, writes)
         for name, each in decompositions.items()
         for gate in gates(cfg)
         if fits(gate, each)
     }
+    for each in made.values():
+        check_subsets(cfg, each.places)
+    return made
+
+
+def check_subsets(cfg: EvaluationConfig, maps: Collection[str]) -> None:
+    """SettingError for a subset of the decomposed maps that has none."""
+    for name, patterns in cfg.masks.subsets.items():
+        require(
+            bool(chosen_maps(maps, patterns)),
+            f"evaluation.masks.subsets.{name}={patterns} matches none of the maps that are measured: {', '.join(maps)}",
+        )
 
 
 def left_out(cfg: EvaluationConfig, name: str, decomposition: ParameterDecomposition) -> list[str]:
@@ -126,6 +141,7 @@ def _looking(cfg: RunConfig, target: Target, made: SPDObjective, run: str) -> Ca
         patched=[Patched.all],
         bootstrap=0,
         pursuit=[],
+        masks=MasksConfig(),
         topk=[],
         topk_all=[],
         inputs=[Inputs.clean_gates],

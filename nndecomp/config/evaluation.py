@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nndecomp.config.checks import require
+from nndecomp.config.spd import AscentConfig, SourceScope
 
 
 class Inputs(Enum):
@@ -17,6 +18,39 @@ class Patched(Enum):
     all = "all"  # every written site at once
     single = "single"  # each written site alone
     prefixes = "prefixes"  # the first one, the first two, ...
+
+
+class EvaluatedMasks(Enum):
+    """m of all components and mu of what they leave of the weights, g the importances of the undisturbed run."""
+
+    importance = "importance"  # m = g, nothing left over
+    rounded = "rounded"  # m = 1 where g > 0, else 0, nothing left over
+    ones = "ones"  # m = 1, nothing left over
+    zeros = "zeros"  # m = 0, nothing left over: of each map its bias alone is there
+    random = "random"  # m even in [0, 1] whatever g is, nothing left over
+    stochastic = "stochastic"  # m = g + (1 - g) rho, rho and mu even in [0, 1]
+    pgd = "pgd"  # m = g + (1 - g) s, mu = s, with s found by ascent on the KL
+
+
+@dataclass(kw_only=True)
+class MasksConfig:
+    """A parameter decomposition under masks that no replacement of the model would have: how far can it be pushed?"""
+
+    kinds: list[EvaluatedMasks] = field(default_factory=list)
+    delta: bool = True  # what components leave of the weights takes part in stochastic and pgd
+    pgd: AscentConfig = field(default_factory=lambda: AscentConfig(n_steps=20, step_size=0.1))  # of each batch_seqs
+    # m = g for the maps of some of these patterns alone, the others left as they are: name -> patterns of module paths.
+    subsets: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kinds = [each.value for each in self.kinds]
+        require(len(set(kinds)) == len(kinds), f"evaluation.masks.kinds={kinds} must name each once")
+        self.pgd.check("evaluation.masks.pgd", least_steps=1)
+        for name, patterns in self.subsets.items():
+            require(
+                name.isidentifier() and bool(patterns),
+                f"evaluation.masks.subsets.{name}={patterns} must be a word and patterns of maps, e.g. reads: [h.*.mlp.c_fc]",
+            )
 
 
 @dataclass(kw_only=True)
@@ -38,6 +72,7 @@ class EvaluationConfig:
     topk: list[int] = field(default_factory=list)
     topk_all: list[int] = field(default_factory=list)
     delta: bool = False  # each once more with what the components leave of the weights
+    masks: MasksConfig = field(default_factory=MasksConfig)
 
     def __post_init__(self) -> None:
         require(self.n_seqs >= 2, f"evaluation.n_seqs={self.n_seqs}: intervals need at least 2 sequences")
@@ -67,5 +102,10 @@ class EvaluationConfig:
         require(
             all(0 <= each < 1 for each in self.thresholds) and len(set(self.thresholds)) == len(self.thresholds),
             f"evaluation.thresholds={self.thresholds} must be importances from 0 up to 1, each once, or []",
+        )
+        pgd = self.masks.pgd
+        require(
+            pgd.source_scope is not SourceScope.repeated or self.batch_seqs % pgd.source_repeats == 0,
+            f"evaluation.masks.pgd.source_repeats={pgd.source_repeats} must divide evaluation.batch_seqs={self.batch_seqs}",
         )
         require(0 < self.confidence < 1, f"evaluation.confidence={self.confidence} must lie between 0 and 1")

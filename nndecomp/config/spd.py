@@ -98,7 +98,23 @@ class ImportanceConfig:
 
 
 @dataclass(kw_only=True)
-class ReconstructionConfig:
+class AscentConfig:
+    """The adversary of pgd and persistent_pgd."""
+
+    n_steps: int = 1  # of ascent on a batch, before the loss is taken
+    step_size: float = 1.0  # pgd
+    source_start: SourceStart = SourceStart.random
+    source_scope: SourceScope = SourceScope.single
+    source_repeats: int = 8
+
+    def check(self, where: str, least_steps: int) -> None:
+        require(self.n_steps >= least_steps, f"{where}.n_steps={self.n_steps} must be a number of steps of ascent")
+        require(self.step_size > 0, f"{where}.step_size={self.step_size} must be positive")
+        require(self.source_repeats > 0, f"{where}.source_repeats={self.source_repeats} must be positive")
+
+
+@dataclass(kw_only=True)
+class ReconstructionConfig(AscentConfig):
     """One reconstruction loss."""
 
     coefficient: float
@@ -107,12 +123,6 @@ class ReconstructionConfig:
     routed_share: float = 0.5
     reconstructed: Reconstructed = Reconstructed.outputs
     n_samples: int = 1  # of stochastic masks
-    # pgd, persistent_pgd: the adversary
-    n_steps: int = 1  # of ascent on a batch, before the loss is taken
-    step_size: float = 1.0  # pgd
-    source_start: SourceStart = SourceStart.random
-    source_scope: SourceScope = SourceScope.single
-    source_repeats: int = 8
     # persistent_pgd
     source_optimizer: SourceOptimizer = SourceOptimizer.adam
     source_lr: float = 0.01
@@ -131,12 +141,7 @@ class ReconstructionConfig:
         require(0 < self.routed_share <= 1, f"spd.losses.*.routed_share={self.routed_share} must be a share, above 0")
         require(self.n_samples > 0, f"spd.losses.*.n_samples={self.n_samples} must be positive")
         persistent = self.masks is Masks.persistent_pgd
-        require(
-            self.n_steps >= (0 if persistent else 1),
-            f"spd.losses.*.n_steps={self.n_steps} must be a number of steps of ascent",
-        )
-        require(self.step_size > 0, f"spd.losses.*.step_size={self.step_size} must be positive")
-        require(self.source_repeats > 0, f"spd.losses.*.source_repeats={self.source_repeats} must be positive")
+        self.check("spd.losses.*", least_steps=0 if persistent else 1)
         require(self.source_lr > 0, f"spd.losses.*.source_lr={self.source_lr} must be positive")
         require(
             0 <= self.source_lr_warmup <= 1,

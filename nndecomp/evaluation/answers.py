@@ -7,10 +7,13 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from nndecomp.config.evaluation import MasksConfig
 from nndecomp.config.schema import Inputs
 from nndecomp.decompositions.base import Active, Decomposition, Replacement
 from nndecomp.decompositions.replacing import Witness, live
 from nndecomp.decompositions.spd.gated import GatedParameters
+from nndecomp.decompositions.spd.gates import GateKind
+from nndecomp.evaluation.masking import Condition, masked_runs
 from nndecomp.evaluation.patching import Batch, CleanRun
 from nndecomp.targets.base import Replace, Target
 from nndecomp.types import Site
@@ -31,6 +34,10 @@ class Answers(Protocol):
         """Within the block the target runs with `sites` replaced; afterwards what is yielded says what was active, and the
         witness has been told of every site: what arrived there, or would have been there undisturbed given what the part
         that writes it read, and what replaced it."""
+        ...
+
+    def masked(self, batch: Batch, cfg: MasksConfig, seed: int) -> Iterator[Condition]:
+        """Further runs in which the target is measured, by what rows call them: masks are a matter of parameters."""
         ...
 
     def obstacle(self, inputs: Inputs) -> str | None:
@@ -70,6 +77,9 @@ class ActivationAnswers:
         replacements, runs = live(batch, self.decompositions, sites, witness)
         with self.target.patch(replacements):
             yield lambda: [run.active() for run in runs]
+
+    def masked(self, batch: Batch, cfg: MasksConfig, seed: int) -> Iterator[Condition]:
+        return iter(())
 
     def obstacle(self, inputs: Inputs) -> str | None:
         reasons = [reason for each in self.decompositions if (reason := each.live_obstacle()) is not None]
@@ -114,6 +124,12 @@ class ParameterAnswers:
                 undisturbed = self.target.record(batch.tokens, sites)
             for site, value in undisturbed.items():
                 witness(site, batch.rows(value), written[site])
+
+    def masked(self, batch: Batch, cfg: MasksConfig, seed: int) -> Iterator[Condition]:
+        """Once a decomposition: of the one behind its importances."""
+        gate = self.parameters.gate
+        if gate.kind is GateKind.importance and not gate.delta:
+            yield from masked_runs(self.target, self.parameters, batch, cfg, seed)
 
     def obstacle(self, inputs: Inputs) -> str | None:
         return self.parameters.live_obstacle() if inputs is Inputs.live else None

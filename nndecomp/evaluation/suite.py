@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nndecomp.config.evaluation import MasksConfig
 from nndecomp.config.schema import EvaluationConfig, Inputs, Patched
 from nndecomp.decompositions.base import Decomposition, GroupCost, Replacement
 from nndecomp.decompositions.replacing import pasted
@@ -70,13 +71,18 @@ class _Measured:
         }
         self.errors = {i: {s: SiteErrors(n_seqs, means[s]) for s in self.writes} for i in self.inputs}
         self.activity = {i: Activity(n_seqs, self.costs) for i in self.inputs}
+        self.masked: dict[str, Predictions] = {}  # by condition
+        self.n_seqs = n_seqs
 
-    def add(self, target: Target, batch: Batch, clean: CleanRun) -> None:
+    def add(self, target: Target, batch: Batch, clean: CleanRun, masks: MasksConfig, seed: int) -> None:
         for inputs in self.inputs:
             if inputs is Inputs.clean:
                 self._add_clean(target, batch, clean)
             else:
                 self._add_inside(inputs, target, batch, clean)
+        for condition, masked in self.answers.masked(batch, masks, seed):
+            into = self.masked.setdefault(condition, Predictions(self.n_seqs))
+            predictions(target, batch, clean, masked, into)
 
     def _add_clean(self, target: Target, batch: Batch, clean: CleanRun) -> None:
         rows, actives = self.answers.clean(batch, clean)
@@ -154,7 +160,7 @@ def evaluate_all(
     """Measure each named set of decompositions, whose writes together form one replacement.
 
     `keep` says which positions are replaced and reconstructed, `means` [width] of each written site what
-    mean-ablation puts there. `seed` draws the bootstrap.
+    mean-ablation puts there. `seed` draws the bootstrap, and masks.
     """
     n_seqs = len(heldout.tokens)
     measured = {name: _Measured(target, each, n_seqs, means, cfg) for name, each in replacements.items()}
@@ -173,7 +179,7 @@ def evaluate_all(
             values = {site: means[site] if kind == "mean" else None for site in sites}
             predictions(target, batch, clean, target.patch(ablation(batch, values)), into)
         for m in measured.values():
-            m.add(target, batch, clean)
+            m.add(target, batch, clean, cfg.masks, seed)
     drawn = resamples(n_seqs, cfg.bootstrap, seed)
     n_kept = int(keep.sum())
     return {
@@ -230,6 +236,9 @@ def _prediction_rows(
             yield from rows(kind, ablated[kind, each.sites], each, "none")
         for inputs in m.inputs:
             yield from rows("", m.predicted[inputs, each.sites], each, inputs.value)
+        if each.patched is Patched.all:
+            for condition, predicted in m.masked.items():
+                yield from rows(condition, predicted, each, Inputs.clean_gates.value)
     if m.obstacle is not None:
         yield Measurement(
             "live_obstacle", 1.0, "none", "all", "all", "live", n, note=f"not evaluated live: {m.obstacle}"

@@ -27,7 +27,7 @@ from nndecomp.config.spd import (
     SPDConfig,
 )
 from nndecomp.decompositions.spd import masks
-from nndecomp.decompositions.spd.adversary import PersistentSources, leading, pgd, spread, started
+from nndecomp.decompositions.spd.adversary import PersistentSources, attacked, damaging, leading
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
 from nndecomp.decompositions.spd.losses import faithfulness, minimality, p_at
 from nndecomp.decompositions.spd.masks import Gates, Masking, Routes
@@ -107,7 +107,7 @@ class SPDObjective(nn.Module):
             return self._persistent(name, cfg, step, routes, progress)
         n_samples = cfg.n_samples if cfg.masks is Masks.stochastic else 1
         runs = [routes for _ in range(n_samples) for routes in masks.routes_of(step.gates, cfg)]
-        return torch.stack([self._run(cfg, self._masking(cfg, step, routes), step) for routes in runs]).mean()
+        return torch.stack([self._run(cfg, step, self._masking(cfg, step, routes)) for routes in runs]).mean()
 
     def _masking(self, cfg: ReconstructionConfig, step: _Step, routes: Routes) -> Masking:
         match cfg.masks:
@@ -118,28 +118,15 @@ class SPDObjective(nn.Module):
             case Masks.ones:
                 return masks.ones(step.gates, routes)
             case Masks.pgd:
-                return self._attacked(cfg, step, routes)
+                damage = partial(self._run, cfg, step)
+                return attacked(damage, step.gates, routes, cfg, self.cfg.delta)
             case Masks.persistent_pgd:
                 raise AssertionError("sources that persist are updated beside the loss")
-
-    def _attacked(self, cfg: ReconstructionConfig, step: _Step, routes: Routes) -> Masking:
-        fixed = {name: g.detach() for name, g in step.gates.items() if name in routes}
-        sources = {}
-        for name, g in fixed.items():
-            lead = leading(cfg.source_scope, g.shape[:-1], cfg.source_repeats)
-            sources[name] = started((*lead, g.shape[-1] + 1), cfg, g.device)
-
-        damage = partial(self._damage, cfg, step, routes, fixed)
-        return self._adversarial(step.gates, routes, pgd(damage, sources, cfg.n_steps, cfg.step_size))
 
     def _damage(
         self, cfg: ReconstructionConfig, step: _Step, routes: Routes, gates: Gates, s: Mapping[str, Tensor]
     ) -> Tensor:
-        return self._run(cfg, self._adversarial(gates, routes, s), step)
-
-    def _adversarial(self, gates: Gates, routes: Routes, sources: Mapping[str, Tensor]) -> Masking:
-        sources = {name: spread(s, len(gates[name])) for name, s in sources.items()}
-        return masks.adversarial(gates, routes, sources, self.cfg.delta)
+        return self._run(cfg, step, damaging(gates, routes, s, self.cfg.delta))
 
     def _persistent(self, name: str, cfg: ReconstructionConfig, step: _Step, routes: Routes, progress: float) -> Tensor:
         adversary = self.adversaries[name]
@@ -157,7 +144,7 @@ class SPDObjective(nn.Module):
         self._pending[name] = (raw, lr)
         return damage(step.gates, adversary.values(raw))
 
-    def _run(self, cfg: ReconstructionConfig, masking: Masking, step: _Step) -> Tensor:
+    def _run(self, cfg: ReconstructionConfig, step: _Step, masking: Masking) -> Tensor:
         """One run of the model with masked components, and how far it is from the undisturbed one."""
         outputs: dict[str, Tensor] = {}
         with self.decomposition.installed(masking, outputs):

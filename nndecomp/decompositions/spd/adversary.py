@@ -15,7 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nndecomp.config.checks import require
-from nndecomp.config.spd import ReconstructionConfig, SourceOptimizer, SourceScope, SourceStart
+from nndecomp.config.spd import AscentConfig, ReconstructionConfig, SourceOptimizer, SourceScope, SourceStart
+from nndecomp.decompositions.spd import masks
+from nndecomp.decompositions.spd.masks import Gates, Masking, Routes
 
 Sources = dict[str, Float[Tensor, "*source C1"]]
 LossOf = Callable[[Mapping[str, Tensor]], Tensor]
@@ -44,7 +46,7 @@ def spread(s: Float[Tensor, "*source C1"], n: int) -> Float[Tensor, "*rows C1"]:
     return s if len(s) in (1, n) else s.repeat(n // len(s), *(1,) * (s.ndim - 1))
 
 
-def started(shape: Sequence[int], cfg: ReconstructionConfig, device: torch.device) -> Tensor:
+def started(shape: Sequence[int], cfg: AscentConfig, device: torch.device) -> Tensor:
     match cfg.source_start:
         case SourceStart.random:
             return torch.rand(*shape, device=device)
@@ -60,6 +62,25 @@ def pgd(loss_of: LossOf, sources: Sources, n_steps: int, step_size: float) -> So
         gradients = _gradients(loss_of, sources)
         sources = {name: (s + step_size * gradients[name].sign()).clamp(0, 1) for name, s in sources.items()}
     return sources
+
+
+def attacked(
+    loss_of: Callable[[Masking], Tensor], gates: Gates, routes: Routes, cfg: AscentConfig, delta: bool
+) -> dict[str, masks.Mask]:
+    """Masks at the sources that ascent on the loss finds from a fresh start, importances held constant meanwhile."""
+    fixed = {name: g.detach() for name, g in gates.items() if name in routes}
+    sources = {}
+    for name, g in fixed.items():
+        lead = leading(cfg.source_scope, g.shape[:-1], cfg.source_repeats)
+        sources[name] = started((*lead, g.shape[-1] + 1), cfg, g.device)
+    found = pgd(lambda s: loss_of(damaging(fixed, routes, s, delta)), sources, cfg.n_steps, cfg.step_size)
+    return damaging(gates, routes, found, delta)
+
+
+def damaging(gates: Gates, routes: Routes, sources: Mapping[str, Tensor], delta: bool) -> dict[str, masks.Mask]:
+    """Masks at these sources, each of some sequences or of all."""
+    whole = {name: spread(s, len(gates[name])) for name, s in sources.items()}
+    return masks.adversarial(gates, routes, whole, delta)
 
 
 def _gradients(loss_of: LossOf, sources: Sources) -> Sources:

@@ -123,7 +123,7 @@ class GatedParameters(Replacement):
         self, batch: Sequences, gates: Mapping[str, tuple[Tensor, Tensor]], sites: Sequence[Site]
     ) -> dict[str, Mask]:
         """Of the maps that take part in `sites`, at kept positions."""
-        kept = _kept(batch)
+        kept = kept_positions(batch)
         mu = torch.ones_like(kept, dtype=torch.float32) if self.gate.delta else None
         return {name: Mask(m, mu, kept) for name, (m, _) in gates.items() if self.places[name][1] in sites}
 
@@ -146,7 +146,7 @@ class GatedParameters(Replacement):
         obstacle = self.live_obstacle()
         require(obstacle is None, f"inputs=live is not possible: {obstacle}; use inputs=clean_gates")
         found: dict[str, tuple[Tensor, Tensor]] = {}
-        kept, components = _kept(batch), self._decomposition.components
+        kept, components = kept_positions(batch), self._decomposition.components
         mu = torch.ones_like(kept, dtype=torch.float32) if self.gate.delta else None
 
         def stand_in(name: str, bias: Tensor | None) -> Substitute:
@@ -165,6 +165,6 @@ def _hold(value: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda _: value
 
 
-def _kept(batch: Sequences) -> Bool[Tensor, "batch pos"]:
+def kept_positions(batch: Sequences) -> Bool[Tensor, "batch pos"]:
     flat = torch.zeros(batch.tokens.numel(), dtype=torch.bool, device=batch.tokens.device)
     return flat.index_fill(0, batch.kept, True).view(batch.tokens.shape)

@@ -7,7 +7,7 @@ With rho of 0 or 1, half of the masks are g itself, whatever g is; the g of thes
 components near 0 and 1 are still told apart.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +55,16 @@ def _drawn(g: Float[Tensor, "*rows C"], sampling: Sampling, delta: bool) -> tupl
 
 
 def important(gates: Gates, routes: Routes) -> dict[str, Mask]:
-    return {name: Mask(g, None, routes[name]) for name, g in gates.items() if name in routes}
+    return without_leftover(gates, routes, lambda g: g)
 
 
 def ones(gates: Gates, routes: Routes) -> dict[str, Mask]:
-    return {name: Mask(torch.ones_like(g), None, routes[name]) for name, g in gates.items() if name in routes}
+    return without_leftover(gates, routes, torch.ones_like)
+
+
+def without_leftover(gates: Gates, routes: Routes, m_of: Callable[[Tensor], Tensor]) -> dict[str, Mask]:
+    """m as a function of g."""
+    return {name: Mask(m_of(g), None, routes[name]) for name, g in gates.items() if name in routes}
 
 
 def adversarial(
