@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from nndecomp.build import throughput, throughput_systems
+from nndecomp.build import throughput, throughput_steps, throughput_systems
 from nndecomp.build.throughput_worker import FLOOR, Worker, size_of
 from nndecomp.config.compose import compose, dump
 from nndecomp.config.schema import RunConfig, SizeConfig
 from nndecomp.decompositions.activation_pointwise import JumpRelu
 from nndecomp.errors import SettingError
+from nndecomp.evaluation.dense import DensePairs
 from nndecomp.evaluation.timing import (
     Floor,
     Subject,
     Times,
+    dense_flops,
     encoder_flops,
     middle,
     number,
@@ -58,37 +60,39 @@ def test_numbers_have_three_digits_and_no_powers_of_ten():
 def test_the_parameters_of_a_size_are_those_of_the_dictionary(cfg: RunConfig):
     for size in (SIZE, CLT):
         system = throughput_systems.systems()["nndecomp_torch_topk"]
-        settings = throughput_systems.configured(cfg.decomposition, system, size)
-        rows = throughput_systems.rows(size, 1, seed=0)[0]
-        made = throughput_systems.objective(settings, size, rows, seed=0)
+        settings = throughput_steps.configured(cfg.decomposition, system, size)
+        rows = throughput_steps.rows(size, 1, seed=0)[0]
+        made = throughput_steps.objective(settings, size, rows, seed=0)
         assert sum(p.numel() for p in made.parameters()) == size.n_parameters
 
 
 def test_what_a_sparse_step_needs_is_what_ours_is_counted_to_do(cfg: RunConfig):
     system = throughput_systems.systems()["nndecomp_torch_topk"]
     for size in (SIZE, CLT):
-        settings = throughput_systems.configured(cfg.decomposition, system, size)
-        rows = throughput_systems.rows(size, 1, seed=0)[0]
-        made = throughput_systems.objective(settings, size, rows, seed=0)
-        training = throughput_systems.training_config(cfg.training, system, size)
+        settings = throughput_steps.configured(cfg.decomposition, system, size)
+        rows = throughput_steps.rows(size, 1, seed=0)[0]
+        made = throughput_steps.objective(settings, size, rows, seed=0)
+        training = throughput_steps.training_config(cfg.training, system, size)
         counted, _ = step_flops(made, rows, training)
         # What the input's gradient would cost (the bias that centres it is trained) is not needed: one product of a row each.
         assert sparse_flops(size) <= counted <= sparse_flops(size) + 2 * size.batch_tokens * size.k * size.d_model
-    floor = throughput_systems.floor(SIZE, throughput_systems.rows(SIZE, 1, seed=0)[0])
+    floor = throughput_steps.floor(SIZE, throughput_steps.rows(SIZE, 1, seed=0)[0])
     assert count(floor["encoder"]) == encoder_flops(SIZE)
+    x, y = torch.randn(2, CLT.batch_tokens, CLT.n_layers, CLT.d_model)
+    assert count(lambda: DensePairs(CLT, 1e-3).step(x, y)) == dense_flops(CLT)
 
 
 def test_rows_are_the_same_in_every_process_and_of_unit_mean_square():
-    one, other = (throughput_systems.rows(CLT, 2, seed=3) for _ in range(2))
+    one, other = (throughput_steps.rows(CLT, 2, seed=3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) and not torch.equal(one[0], one[1])
     assert one[0].shape == (128, 2 * 3 * 16) and one[0].square().mean().item() == pytest.approx(1, rel=1e-5)
 
 
 def test_thresholds_start_where_twice_k_features_are_active(cfg: RunConfig):
     system = throughput_systems.systems()["nndecomp_torch_jumprelu"]
-    rows = throughput_systems.rows(SIZE, 1, seed=0)[0]
-    settings = throughput_systems.configured(cfg.decomposition, system, SIZE)
-    made = throughput_systems.objective(settings, SIZE, rows, seed=0)
+    rows = throughput_steps.rows(SIZE, 1, seed=0)[0]
+    settings = throughput_steps.configured(cfg.decomposition, system, SIZE)
+    made = throughput_steps.objective(settings, SIZE, rows, seed=0)
     assert isinstance(made.dictionary.activation, JumpRelu)
     _, terms = made.loss(rows, 0.0)
     assert terms["l0"].item() == pytest.approx(SIZE.l0, rel=0.02) and SIZE.l0 == 8
@@ -121,7 +125,8 @@ def test_systems_that_are_not_there_are_said_once_and_refused_when_named(
 ):
     nobody = throughput_systems.System("a-library-of-nobody", throughput_systems.Activation.topk)
     known = throughput_systems.systems() | {nobody.name: nobody}
-    monkeypatch.setattr(throughput, "systems", lambda: known)
+    for module in (throughput, throughput_systems):
+        monkeypatch.setattr(module, "systems", lambda: known)
     assert cfg.throughput is not None
     with caplog.at_level(logging.WARNING):
         names = throughput.chosen(cfg.throughput)

@@ -6,7 +6,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from nndecomp.build.throughput_systems import COPIED, OURS, systems
+from nndecomp.build.throughput_steps import COPIED
+from nndecomp.build.throughput_systems import OURS, answering, systems
 from nndecomp.build.throughput_worker import FLOOR, STEP, Worker, size_of
 from nndecomp.config.schema import RunConfig, SizeConfig, ThroughputConfig, require
 from nndecomp.evaluation.timing import Floor, Times
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 def chosen(cfg: ThroughputConfig) -> list[str]:
     """The systems to measure; SettingError for one that is named but not there, a sentence for one that merely could be."""
-    known = systems()
+    known = {name: systems()[name] for name in answering(cfg.question)}
     missing = [name for name, system in known.items() if not system.installed]
     of = sorted({known[name].library for name in missing})
     how = "see experiments/exp_020_throughput/README.md for their environment, the extra `bench`"

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from nndecomp.build.throughput_systems import floor, rows, systems, trainer
+from nndecomp.build.throughput_steps import floor, rows, trainer
+from nndecomp.build.throughput_systems import systems
 from nndecomp.config.compose import load
 from nndecomp.config.schema import RunConfig, SizeConfig
 from nndecomp.config.throughput import OWN

@@ -59,6 +59,9 @@ class ThroughputConfig:
     rounds: int  # in each, every system makes one step
     warm_up: int = 2  # steps of each before the first round
     n_batches: int = 4  # different ones, in turn
+    factors: list[float] = field(default_factory=list)  # question=growth: of features, k and batch, each by itself
+    layers: list[int] = field(default_factory=list)  # question=growth: of a cross-layer transcoder
+    steps: int = 100  # question=quality: of a loss curve
     trace: bool = False  # write a Chrome trace of a step of each of this library's systems
 
     def __post_init__(self) -> None:
@@ -66,6 +69,9 @@ class ThroughputConfig:
             require(getattr(self, name) > 0, f"throughput.{name}={getattr(self, name)} must be positive")
         require(self.warm_up > 0, f"throughput.warm_up={self.warm_up} must be positive: first steps allocate")
         require(OWN not in self.sizes, f"throughput.sizes has {OWN}, which is the name of what the other settings say")
+        require(all(each > 0 for each in self.factors), f"throughput.factors={self.factors} must be positive")
+        require(all(each > 1 for each in self.layers), f"throughput.layers={self.layers} must be 2 or more")
+        require(self.steps > 0, f"throughput.steps={self.steps} must be positive")
         known = [OWN, *self.sizes]
         require(
             len(self.at) > 0 and set(self.at) <= set(known),

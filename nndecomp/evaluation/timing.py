@@ -86,6 +86,12 @@ def sparse_flops(size: SizeConfig) -> int:
     return encoder_flops(size) + 2 * size.batch_tokens * size.k * widths
 
 
+def dense_flops(size: SizeConfig) -> int:
+    """The same with every feature: codes and their gradients, and two more products for each pair of layers."""
+    pairs = size.n_layers * (size.n_layers + 1) // 2
+    return 2 * size.batch_tokens * size.d_model * size.n_features * (2 * size.n_layers + 3 * pairs)
+
+
 @dataclass(frozen=True)
 class Median:
     value: float

@@ -7,11 +7,17 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nndecomp.evaluation.timing import Floor, Times, encoder_flops, middle, number, ratio, sparse_flops
+from nndecomp.evaluation.timing import Floor, Times, dense_flops, encoder_flops, middle, number, ratio, sparse_flops
 from nndecomp.report import style
 
 OURS = "nndecomp"
-COLOURS = {OURS: "#0072B2", "sae-lens": "#E69F00", "dictionary-learning": "#CC79A7", "eai-sparsify": "#009E73"}
+COLOURS = {
+    OURS: "#0072B2",
+    "sae-lens": "#E69F00",
+    "dictionary-learning": "#CC79A7",
+    "eai-sparsify": "#009E73",
+    "torch": style.GREY,
+}
 
 
 def at_size(times: Sequence[Times], size: str) -> list[Times]:
@@ -57,7 +63,7 @@ def table(times: Sequence[Times], floors: Sequence[Floor]) -> pandas.DataFrame:
                     str(ratio(each.wall, own.wall)) if own is not None and own is not each else "-"
                 )
             line["floor / step"] = f"{ratio(floor.wall, each.wall).value:.0%}"
-            line["peak MiB"] = f"{each.peak_bytes / 2**20:,.0f}"
+            line["memory (MiB)"] = f"{each.peak_bytes / 2**20:,.0f}"
             lines.append(line)
     return pandas.DataFrame(lines)
 
@@ -88,12 +94,13 @@ def notes(times: Sequence[Times], floors: Sequence[Floor]) -> list[str]:
             f"{number(1000 * middle(floor.encoder).value)} ms ({floor.encoder_rate / 1e9:.0f} GFLOP/s), fused Adam "
             f"{number(1000 * middle(floor.optimiser).value)} ms ({floor.optimiser_rate / 1e9:.1f} GB/s); a copy runs at "
             f"{floor.copy_rate / 1e9:.1f} GB/s. A step with k active features needs {flops / 1e9:.3g} GFLOP, "
-            f"{encoder_flops(floor.size) / flops:.0%} of it in the encoder; a dense one {3 * encoder_flops(floor.size) * 2 / 1e9:.3g}."
+            f"{encoder_flops(floor.size) / flops:.0%} of it in the encoder; a dense one {dense_flops(floor.size) / 1e9:.3g}."
         )
     versions = dict.fromkeys(f"{each.subject.library} {each.subject.version}" for each in times)
     n_rounds = len(times[0].wall)
     said.append(
-        f"Medians over {n_rounds} rounds with intervals (see `nndecomp/evaluation/timing.py`); ratios are taken within rounds. "
+        f"Medians over {n_rounds} rounds with intervals (see `nndecomp/evaluation/timing.py`); ratios are taken within rounds; memory is "
+        f"the most a process had at any time, beyond what it had before its system was made. "
         f"{', '.join(versions)}."
     )
     return said
@@ -108,10 +115,12 @@ def scores(times: Sequence[Times], floors: Sequence[Floor]) -> dict[str, float]:
         found[f"{name}/ms"] = 1000 * middle(each.wall).value
         if each.subject.library == OURS:
             found[f"{name}/floor_share"] = ratio(of_size[each.size].wall, each.wall).value
+            found[f"{name}/peak_bytes"] = each.peak_bytes
             continue
         for backend in own_backends(times):
             if (own := ours(times, each, backend)) is not None:
                 found[f"{name}/times_{backend}"] = ratio(each.wall, own.wall).value
+                found[f"{name}/times_memory_{backend}"] = each.peak_bytes / own.peak_bytes if own.peak_bytes else 0.0
     return found
 
 
