@@ -1,6 +1,7 @@
 """Timing training steps: who makes which step, on what, and what is made of the times."""
 
 import logging
+from contextlib import closing
 from math import comb
 from pathlib import Path
 
@@ -100,24 +101,22 @@ def test_thresholds_start_where_twice_k_features_are_active(cfg: RunConfig):
 
 def test_a_process_steps_reports_its_memory_and_writes_a_trace(cfg: RunConfig, tmp_path: Path):
     (tmp_path / "config.yaml").write_text(dump(cfg))
-    worker = Worker(tmp_path / "config.yaml", "own", "nndecomp_torch_topk")
-    assert worker.read()["threads"] >= 1
-    times = worker.ask("step")
-    assert 0 < times["wall"]["step"] < 60 and times["cpu"]["step"] > 0
-    size = size_of(cfg, "own")
-    assert worker.ask("peak")["bytes"] >= 4 * size.n_parameters
-    worker.ask(f"trace {tmp_path / 'trace.json'}")
-    assert "addmm" in (tmp_path / "trace.json").read_text()
-    worker.close()
+    with closing(Worker(tmp_path / "config.yaml", "own", "nndecomp_torch_topk")) as worker:
+        assert worker.read()["threads"] >= 1
+        times = worker.ask("step")
+        assert 0 < times["wall"]["step"] < 60 and times["cpu"]["step"] > 0
+        size = size_of(cfg, "own")
+        assert worker.ask("peak")["bytes"] >= 4 * size.n_parameters
+        worker.ask(f"trace {tmp_path / 'trace.json'}")
+        assert "addmm" in (tmp_path / "trace.json").read_text()
     assert worker.process.returncode == 0
 
 
 def test_a_process_that_fails_says_why(cfg: RunConfig, tmp_path: Path):
     (tmp_path / "config.yaml").write_text(dump(cfg))
-    worker = Worker(tmp_path / "config.yaml", "own", "nobody")
-    with pytest.raises(RuntimeError, match="(?s)the process of nobody ended:.*KeyError"):
+    says = pytest.raises(RuntimeError, match="(?s)the process of nobody ended:.*KeyError")
+    with closing(Worker(tmp_path / "config.yaml", "own", "nobody")) as worker, says:
         worker.read()
-    worker.close()
 
 
 def test_systems_that_are_not_there_are_said_once_and_refused_when_named(

@@ -7,6 +7,7 @@ from typing import Any
 
 from nndecomp.config.schema import (
     Activation,
+    BackendKind,
     CodeNormalisation,
     Dead,
     Decoder,
@@ -15,6 +16,7 @@ from nndecomp.config.schema import (
     Question,
     Reconstruction,
 )
+from nndecomp.decompositions.backends import native
 from nndecomp.evaluation.timing import Subject
 
 OURS = "nndecomp"
@@ -48,17 +50,17 @@ class System:
         return Subject(self.library, version(self.library), self.activation.value, self.backend, self.variant)
 
 
-def backends() -> tuple[str, ...]:
-    """This library's, on this machine."""
-    return ("torch",)
+def backends() -> list[BackendKind]:
+    """This library's, on this machine's CPU."""
+    return [BackendKind.torch, *([BackendKind.native] if native.available() else [])]
 
 
 def systems() -> dict[str, System]:
     """By name: this library's, then the others', installed or not, then the reference of cross-layer transcoders."""
     selecting = (Activation.topk, Activation.batchtopk)
     l0 = (("penalty", Penalty.l0), ("penalty_coefficient", 0.5))
-    every = [System(OURS, each, backend) for backend in backends() for each in selecting]
-    every += [System(OURS, Activation.jumprelu, backend, l0) for backend in backends()]
+    every = [System(OURS, each, backend.value) for backend in backends() for each in selecting]
+    every += [System(OURS, Activation.jumprelu, backend.value, l0) for backend in backends()]
 
     sums = ("reconstruction", Reconstruction.sum_of_squares)
     lens = (sums, ("decoder", Decoder.free), ("dead", Dead.none))

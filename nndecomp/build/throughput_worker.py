@@ -23,8 +23,9 @@ import torch
 from nndecomp.build.throughput_steps import floor, rows, trainer
 from nndecomp.build.throughput_systems import systems
 from nndecomp.config.compose import load
-from nndecomp.config.schema import RunConfig, SizeConfig
+from nndecomp.config.schema import BackendKind, RunConfig, SizeConfig
 from nndecomp.config.throughput import OWN
+from nndecomp.decompositions import backends
 
 Parts = Mapping[str, Callable[[], object]]
 FLOOR = "floor"
@@ -71,6 +72,8 @@ def serve(config: str, size_name: str, name: str) -> None:
     torch.manual_seed(cfg.seed)
     if name != FLOOR:
         importlib.import_module(systems()[name].module)
+        if systems()[name].backend is not None:
+            backends.use(BackendKind(systems()[name].backend))
     size = size_of(cfg, size_name)
     batches = rows(size, cfg.throughput.n_batches, cfg.seed)
     forget_peak()
