@@ -1,0 +1,182 @@
+"""Sums and dot products of gathered rows.
+
+    bag           out[b]   = sum over slots s of bag b of weights[s] * table[indices[s]]
+    dots          out[s]   = rows[token of s] . table[feature of s]
+    feature_sums  out[f]   = sum over slots s of feature f of weights[s] * rows[token of s]
+
+A row is read in blocks of columns, each a few wide vector loads; the last block is masked, so that no width is padded to a
+power of two. A sum is added up in float32 and in the order of its slots, whatever the block: no atomic additions.
+"""
+
+# pyright: reportMissingImports=false
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nndecomp.decompositions.kernels import Support
+
+# Tuning. Columns of a row that a program holds; slots whose rows are under way at once; warps of a program.
+COLUMNS, AHEAD, WARPS = 256, 4, 1
+# A feature active on more tokens than this is summed in pieces, so that no program works long after the others.
+PIECE = 256
+
+
+@triton.jit
+@no_type_check
+def _sum(indices, table, weights, order, first, last, column, inside, d, ORDERED: tl.constexpr, AHEAD: tl.constexpr):
+    """sum over s in [first, last) of weights[s] * table[indices[s], column], slots read through `order` if asked for."""
+    total = tl.zeros(column.shape, tl.float32)
+    for start in range(first, last, AHEAD):
+        for ahead in tl.static_range(AHEAD):
+            live = start + ahead < last
+            slot = start + ahead
+            if ORDERED:
+                slot = tl.load(order + slot, mask=live, other=0)
+            row = tl.load(indices + slot, mask=live, other=0).to(tl.int64)
+            weight = tl.load(weights + slot, mask=live, other=0).to(tl.float32)
+            total += weight * tl.load(table + row * d + column, mask=inside & live, other=0).to(tl.float32)
+    return total
+
+
+@triton.jit
+@no_type_check
+def _bag_kernel(out, indices, table, offsets, weights, d, COLUMNS: tl.constexpr, AHEAD: tl.constexpr):
+    bag = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < d
+    first, last = tl.load(offsets + bag), tl.load(offsets + bag + 1)
+    total = _sum(indices, table, weights, indices, first, last, column, inside, d, False, AHEAD)
+    tl.store(out + bag * d + column, total, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _piece_kernel(
+    pieces, tokens, rows, bounds, weights, order, owner, ends, d,
+    PIECE: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """All pieces but the first of features with more slots than one piece holds: piece p is of feature owner[p]."""
+    piece = tl.program_id(0).to(tl.int64)
+    feature = tl.load(owner + piece)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < d
+    # The last piece of a feature is piece ends[feature] - 1, and its first one, which is not here, holds slot bounds[feature].
+    before = tl.load(ends + feature - 1, mask=feature > 0, other=0)
+    first = tl.load(bounds + feature) + (piece - before + 1) * PIECE
+    last = tl.minimum(first + PIECE, tl.load(bounds + feature + 1))
+    total = _sum(tokens, rows, weights, order, first, last, column, inside, d, True, AHEAD)
+    tl.store(pieces + piece * d + column, total, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _feature_kernel(
+    out, pieces, tokens, rows, bounds, weights, order, ends, d,
+    PIECE: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    feature = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < d
+    first = tl.load(bounds + feature)
+    last = tl.minimum(first + PIECE, tl.load(bounds + feature + 1))
+    total = _sum(tokens, rows, weights, order, first, last, column, inside, d, True, AHEAD)
+    before = tl.load(ends + feature - 1, mask=feature > 0, other=0)
+    for piece in range(before, tl.load(ends + feature)):
+        total += tl.load(pieces + piece * d + column, mask=inside, other=0)
+    tl.store(out + feature * d + column, total, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _dots_kernel(out, rows, table, indices, offsets, d, SLOTS: tl.constexpr, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    first, last = tl.load(offsets + token), tl.load(offsets + token + 1)
+    for start in range(first, last, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        live = slot < last
+        feature = tl.load(indices + slot, mask=live, other=0).to(tl.int64)
+        total = tl.zeros([SLOTS], tl.float32)
+        for block in range(0, d, COLUMNS):
+            column = block + tl.arange(0, COLUMNS)
+            inside = column < d
+            row = tl.load(rows + token * d + column, mask=inside, other=0).to(tl.float32)
+            others = tl.load(
+                table + feature[:, None] * d + column[None, :], mask=live[:, None] & inside[None, :], other=0
+            )
+            total += tl.sum(row[None, :] * others.to(tl.float32), 1)
+        tl.store(out + slot, total, mask=live)
+
+
+def bag(
+    indices: Int[Tensor, "slot"],
+    table: Float[Tensor, "row d"],
+    offsets: Int[Tensor, "bag_and_one"],
+    weights: Float[Tensor, "slot"],
+) -> Float[Tensor, "bag d"]:
+    n_bags, d = len(offsets) - 1, table.shape[1]
+    out = table.new_empty(n_bags, d)
+    if out.numel():
+        grid = (n_bags, triton.cdiv(d, COLUMNS))
+        operands = (out, indices, table.contiguous(), offsets, weights.contiguous(), d)
+        _bag_kernel[grid](*operands, COLUMNS=COLUMNS, AHEAD=AHEAD, num_warps=WARPS)
+    return out
+
+
+def dots(
+    rows: Float[Tensor, "token d"], table: Float[Tensor, "feature d"], support: Support
+) -> Float[Tensor, "slot"]:
+    out = rows.new_empty(len(support.indices))
+    if out.numel():
+        operands = (out, rows.contiguous(), table.contiguous(), support.indices, support.offsets, rows.shape[1])
+        _dots_kernel[(support.n_tokens,)](*operands, SLOTS=4 * AHEAD, COLUMNS=COLUMNS, num_warps=4 * WARPS)
+    return out
+
+
+def by_feature(
+    indices: Int[Tensor, "slot"], n_features: int
+) -> tuple[Int[Tensor, "slot"], Int[Tensor, "feature_and_one"]]:
+    """Slots sorted by feature, and where each feature's slots start. Stable, so that a feature's slots stay in the order
+    of tokens and every run adds them alike; a radix sort, over no more bytes than a feature's number has."""
+    narrow = torch.int16 if n_features <= torch.iinfo(torch.int16).max else torch.int32
+    features, order = indices.to(narrow).sort(stable=True)
+    return order, torch.searchsorted(features, torch.arange(n_features + 1, device=indices.device, dtype=narrow))
+
+
+def feature_sums(
+    support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"]
+) -> Float[Tensor, "feature d"]:
+    order, bounds = support.by_feature
+    return segment_sums(support.tokens, order, bounds, rows, weights)
+
+
+def segment_sums(
+    tokens: Int[Tensor, "slot"],
+    order: Int[Tensor, "slot"],
+    bounds: Int[Tensor, "feature_and_one"],
+    rows: Float[Tensor, "token d"],
+    weights: Float[Tensor, "slot"],
+    piece: int = PIECE,
+) -> Float[Tensor, "feature d"]:
+    """feature_sums, from slots sorted by feature."""
+    n_features, d = len(bounds) - 1, rows.shape[1]
+    out = rows.new_empty(n_features, d)
+    if not out.numel():
+        return out
+    # ends[f]: pieces of features up to f, the first one of each left out. There are never more than slots // piece.
+    ends = ((bounds.diff() - 1).clamp_min(0) // piece).cumsum(0)
+    n_pieces, blocks = len(order) // piece, triton.cdiv(d, COLUMNS)
+    pieces = torch.empty(n_pieces, d, device=rows.device, dtype=torch.float32)
+    rows, weights = rows.contiguous(), weights.contiguous()
+    tuning = {"PIECE": piece, "COLUMNS": COLUMNS, "AHEAD": AHEAD, "num_warps": WARPS}
+    if n_pieces:
+        # Programs beyond the last piece find the last feature, an empty range of slots, and write what nobody reads.
+        which = torch.arange(n_pieces, device=rows.device)
+        owner = torch.searchsorted(ends, which, right=True).clamp_max(n_features - 1)
+        _piece_kernel[(n_pieces, blocks)](pieces, tokens, rows, bounds, weights, order, owner, ends, d, **tuning)
+    _feature_kernel[(n_features, blocks)](out, pieces, tokens, rows, bounds, weights, order, ends, d, **tuning)
+    return out

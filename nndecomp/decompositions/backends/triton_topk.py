@@ -1,0 +1,171 @@
+"""The k best scores of every token, selected inside the encoder's matrix product: no [token, feature] tensor exists.
+
+A program owns a tile of tokens and a strip of features, and walks along the strip tile by tile. For each of its tokens it
+keeps a list of candidates and a floor: scores above the floor are appended, and when a list could overflow, the k best of
+it stay and the k-th best becomes the floor. Every dropped score has k better ones in its strip, so the k best of the
+strips' lists are the k best of all: exact for any input, and the same on every run. Scores of tile n are above the floor
+with probability about k / (n * FEATURES), so lists grow slowly and are seldom shortened: about log4(features / CANDIDATES)
+times for scores in random order, which costs little beside the product.
+"""
+
+# pyright: reportMissingImports=false
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from nndecomp.decompositions.backends.triton_launch import INTERPRETED, operands, power_of_two, processors
+from nndecomp.decompositions.backends.triton_scores import halves, largest, pre_activations, rank_key, scaled
+from nndecomp.decompositions.kernels import Support
+
+# Tuning. A tile: tokens, features, and columns of x and W per step; warps and pipelined steps. `SHORTENED` lists are
+# shortened at a time. A list has room for `SPARE` tiles beside its k best. Programs a multiprocessor.
+ROWS, FEATURES, DEPTH, WARPS, STAGES = (16, 16, 16, 4, 1) if INTERPRETED else (128, 128, 64, 8, 3)
+SHORTENED, SPARE, PROGRAMS = 16, 1, 2
+
+
+@triton.jit
+@no_type_check
+def _topk_kernel(
+    z_out, feature_out, counts, floors, x, W, b, c, n_tokens, n_features, d, k, strip,
+    SCALED: tl.constexpr, ROOM: tl.constexpr, SHORTENED: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_rows = rows < n_tokens
+    lists = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    begin = tl.program_id(1) * strip
+    end = tl.minimum(begin + strip, n_features)
+    # Lists of this tile start here, and of its rows `own` further on.
+    base = tl.program_id(0).to(tl.int64) * ROWS * tl.num_programs(1) * ROOM
+    own = (tl.arange(0, ROWS) * tl.num_programs(1) + tl.program_id(1)) * ROOM
+    count = tl.zeros([ROWS], tl.int32)
+    # Rows beyond the last token list nothing.
+    floor = tl.where(in_rows, 0, 4294967295).to(tl.uint32)
+    for start in range(begin, end, FEATURES):
+        features = start + tl.arange(0, FEATURES)
+        inside = features < end
+        z = pre_activations(x, W, b, rows, in_rows, features, inside, d, ROWS, FEATURES, DEPTH, PRECISION)
+        # An eighth at a time, so that what a thread handles stays in its registers.
+        for i in tl.static_range(2):
+            half = halves(z)[i]
+            for j in tl.static_range(2):
+                quarter = halves(half)[j]
+                for n in tl.static_range(2):
+                    at = start + (4 * i + 2 * j + n) * (FEATURES // 8)
+                    part = halves(quarter)[n]
+                    count = _append(z_out + base, feature_out + base, part, c, own, at, end, floor, count, SCALED)
+        if tl.max(count, 0) > ROOM - FEATURES:
+            tl.store(counts + lists, count, mask=in_rows)
+            tl.debug_barrier()  # what one thread wrote, others read
+            for block in range(0, ROWS, SHORTENED):
+                some = tl.program_id(0) * ROWS + block + tl.arange(0, SHORTENED)
+                _shorten(z_out, feature_out, counts, floors, c, some, n_tokens, k, SCALED, ROOM)
+            tl.debug_barrier()
+            count = tl.load(counts + lists, mask=in_rows, other=0)
+            floor = tl.load(floors + lists, mask=in_rows, other=-1).to(tl.uint32, bitcast=True)
+    tl.store(counts + lists, count, mask=in_rows)
+
+
+@triton.jit
+@no_type_check
+def _append(z_out, feature_out, z, c, own, start, end, floor, count, SCALED: tl.constexpr):
+    """Writes what is above the floor to the ends of the lists; returns how long they are then."""
+    features = start + tl.arange(0, z.shape[1])
+    inside = features < end
+    hit = (rank_key(scaled(z, c, features, inside, SCALED)) > floor[:, None]) & inside[None, :]
+    place = (own + count - 1)[:, None] + tl.cumsum(hit.to(tl.int32), 1)
+    tl.store(z_out + place, z, mask=hit)
+    tl.store(feature_out + place, tl.broadcast_to(features[None, :], z.shape), mask=hit)
+    return count + tl.sum(hit.to(tl.int32), 1)
+
+
+@triton.jit
+@no_type_check
+def _shorten(z_out, feature_out, counts, floors, c, rows, n_tokens, k, SCALED: tl.constexpr, ROOM: tl.constexpr):
+    """Of the lists of some rows, the k best stay, in their order."""
+    in_rows = rows < n_tokens
+    lists = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    count = tl.load(counts + lists, mask=in_rows, other=0)
+    entry = tl.arange(0, ROOM)
+    live = entry[None, :] < count[:, None]
+    place = lists[:, None] * ROOM + entry[None, :]
+    z = tl.load(z_out + place, mask=live, other=0)
+    feature = tl.load(feature_out + place, mask=live, other=0)
+    score = z
+    if SCALED:
+        score = z * tl.load(c + feature, mask=live, other=0).to(tl.float32)
+    taken, kth = largest(tl.where(live, rank_key(score), 0), live, k)
+    tl.debug_barrier()  # all is read before any of it is overwritten
+    to = lists[:, None] * ROOM + tl.cumsum(taken.to(tl.int32), 1) - 1
+    tl.store(z_out + to, z, mask=taken)
+    tl.store(feature_out + to, feature, mask=taken)
+    tl.store(counts + lists, tl.minimum(count, k), mask=in_rows)
+    tl.store(floors + lists, kth.to(tl.int32, bitcast=True), mask=in_rows)
+
+
+@triton.jit
+@no_type_check
+def _merge_kernel(
+    index_out, value_out, z_lists, feature_lists, counts, c, k,
+    SCALED: tl.constexpr, STRIPS: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """The k best of one token's lists, by feature."""
+    token = tl.program_id(0).to(tl.int64)
+    entry = tl.arange(0, STRIPS * ROOM)[None, :]
+    live = entry % ROOM < tl.load(counts + token * STRIPS + entry // ROOM)
+    z = tl.load(z_lists + token * STRIPS * ROOM + entry, mask=live, other=0)
+    feature = tl.load(feature_lists + token * STRIPS * ROOM + entry, mask=live, other=0)
+    score = z
+    if SCALED:
+        score = z * tl.load(c + feature, mask=live, other=0).to(tl.float32)
+    taken, _ = largest(tl.where(live, rank_key(score), 0), live, k)
+    to = token * k + tl.cumsum(taken.to(tl.int32), 1) - 1
+    tl.store(index_out + to, feature.to(tl.int64), mask=taken)
+    tl.store(value_out + to, z, mask=taken)
+
+
+def _strips(n_tokens: int, n_features: int, device: torch.device) -> int:
+    """Strips of features, a power of two, that give every multiprocessor its programs; none shorter than four tiles."""
+    wanted = PROGRAMS * processors(device) // triton.cdiv(n_tokens, ROWS)
+    most = min(wanted, n_features // (4 * FEATURES), 16)
+    return power_of_two(most + 1) // 2 if most > 1 else 1
+
+
+def linear_topk(
+    x: Float[Tensor, "token d"],
+    W: Float[Tensor, "feature d"],
+    b: Float[Tensor, "feature"],
+    c: Float[Tensor, "feature"] | None,
+    k: int,
+    n_strips: int | None = None,
+) -> tuple[Support, Float[Tensor, "slot"]]:
+    """The k features with the largest z * c of every token, and their z; equal ones: those with the lowest numbers."""
+    (n_tokens, d), n_features = x.shape, len(W)
+    assert 0 < k <= n_features, f"k={k} of {n_features} features"
+    n_strips = _strips(n_tokens, n_features, x.device) if n_strips is None else n_strips
+    room = power_of_two(k + SPARE * FEATURES)
+    indices = torch.empty(n_tokens * k, device=x.device, dtype=torch.int64)
+    values = torch.empty(n_tokens * k, device=x.device, dtype=W.dtype)
+    if n_tokens:
+        z_lists = torch.empty(n_tokens * n_strips * room, device=x.device)
+        feature_lists = torch.empty_like(z_lists, dtype=torch.int32)
+        counts = torch.empty(n_tokens * n_strips, device=x.device, dtype=torch.int32)
+        x_in, W_in, precision = operands(x, W)
+        scales = b if c is None else c.contiguous()  # not read where there are none
+        _topk_kernel[(triton.cdiv(n_tokens, ROWS), n_strips)](
+            *(z_lists, feature_lists, counts, torch.empty_like(counts), x_in, W_in, b, scales),
+            *(n_tokens, n_features, d, k, triton.cdiv(n_features, n_strips)),
+            **{"SCALED": c is not None, "ROOM": room, "SHORTENED": min(SHORTENED, ROWS), "ROWS": ROWS},
+            **{"FEATURES": FEATURES, "DEPTH": DEPTH, "PRECISION": precision, "num_warps": WARPS, "num_stages": STAGES},
+        )
+        _merge_kernel[(n_tokens,)](
+            *(indices, values, z_lists, feature_lists, counts, scales, k),
+            **{"SCALED": c is not None, "STRIPS": n_strips, "ROOM": room, "num_warps": 4},
+        )
+    offsets = torch.arange(n_tokens + 1, device=x.device) * k
+    return Support(indices, offsets, n_features), values
