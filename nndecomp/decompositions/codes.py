@@ -52,7 +52,9 @@ class SparseCodes:
 
     def dense(self) -> Float[Tensor, "token feature"]:
         blank = self.values.new_zeros(self.n_tokens, self.n_features)
-        return blank.index_put((self.tokens, self.indices), self.values)
+        return blank.index_put(
+            (self.tokens, self.indices), self.values, accumulate=True
+        )  # a slot of 0 may stand anywhere
 
     def counts(self) -> Int[Tensor, "token"]:
         """Active features of each token."""

@@ -8,8 +8,11 @@ All of them select the same entries and add up the same numbers, in other orders
 `nndecomp.decompositions.kernels`; a backend has the primitives that it is made of.
 """
 
+import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from nndecomp.config.schema import BackendKind
 from nndecomp.decompositions.backends.interface import Backend
 from nndecomp.errors import SettingError
 
+logger = logging.getLogger(__name__)
 _asked = BackendKind.auto
 
 
@@ -30,6 +34,9 @@ def use(kind: BackendKind) -> None:
 
             if not native.available():
                 raise SettingError(f"backend=native: {native.obstacle()}; use backend=torch")
+        case BackendKind.triton:
+            if without_triton() is not None:
+                raise SettingError(f"backend=triton: {without_triton()}; use backend=torch")
         case _:
             pass
     _asked = kind
@@ -48,15 +55,42 @@ def using(kind: BackendKind) -> Iterator[None]:
 
 def of(tensor: Tensor) -> Backend:
     """The backend for a tensor: what was asked for where it serves the tensor's device and precision, else torch. Under autocast
-    products are torch's, in the precision that it says."""
+    products are rounded as it says; on the CPU they are torch's then."""
     from nndecomp.decompositions.backends import pure
 
-    if _asked is BackendKind.torch:
-        return pure.BACKEND
-    served = tensor.dtype in (torch.float32, torch.int64) and not torch.is_autocast_enabled(tensor.device.type)
-    if tensor.device.type == "cpu" and served:
+    if tensor.device.type == "cpu" and _asked in (BackendKind.auto, BackendKind.native):
         from nndecomp.decompositions.backends import native
 
-        if native.available():
+        served = tensor.dtype in (torch.float32, torch.int64) and not torch.is_autocast_enabled("cpu")
+        if served and native.available():
             return native.BACKEND
+    wanted = _asked is BackendKind.triton or (tensor.device.type == "cuda" and _asked is BackendKind.auto)
+    served = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)
+    if wanted and served and _triton_serves(tensor.device.type):
+        from nndecomp.decompositions.backends import triton_backend
+
+        return triton_backend.BACKEND
     return pure.BACKEND
+
+
+@cache
+def without_triton() -> str | None:
+    """Why Triton's kernels cannot be had, in words; null: they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'nndecomp[triton]')"
+    from nndecomp.decompositions.backends.triton_launch import INTERPRETED
+
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return None
+
+
+@cache
+def _triton_serves(device: str) -> bool:
+    why = without_triton()
+    if why is not None:
+        logger.warning("%s: the hot path runs in PyTorch's own operations, slower", why)
+        return False
+    from nndecomp.decompositions.backends.triton_launch import INTERPRETED
+
+    return device == "cuda" or INTERPRETED

@@ -6,6 +6,7 @@ place that an atomic counter hands out: in any order, so that whoever reads the 
 
 # pyright: reportMissingImports=false
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
@@ -15,7 +16,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nndecomp.decompositions.backends.triton_launch import INTERPRETED, operands
+from nndecomp.decompositions.backends.interface import Affine
+from nndecomp.decompositions.backends.triton_launch import INTERPRETED, kernel, operands
 from nndecomp.decompositions.backends.triton_scores import halves, pre_activations, scaled
 
 # Tuning, as in `triton_topk`; and the tiles of a strip.
@@ -23,10 +25,10 @@ ROWS, FEATURES, DEPTH, WARPS, STAGES = (16, 16, 16, 4, 1) if INTERPRETED else (1
 STRIP = 16
 
 
-@triton.jit
+@kernel
 @no_type_check
 def _collect_kernel(
-    z_out, place_out, counter, capacity, wanted, floor, ceiling, x, W, b, c, n_tokens, n_features, d,
+    z_out, place_out, counter, capacity, base, width, wanted, floor, ceiling, x, W, b, c, n_tokens, n_features, d,
     PER_FEATURE: tl.constexpr, SCALED: tl.constexpr, STRIP: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,12 +58,12 @@ def _collect_kernel(
                 if total > 0:
                     before = tl.atomic_add(counter, total.to(tl.int64))
                     at = before + (tl.cumsum(in_row, 0) - in_row - 1)[:, None] + tl.cumsum(hit.to(tl.int32), 1)
-                    place = rows.to(tl.int64)[:, None] * n_features + some[None, :]
+                    place = rows.to(tl.int64)[:, None] * width + base + some[None, :]
                     tl.store(z_out + at, part, mask=hit & (at < capacity))
                     tl.store(place_out + at, place, mask=hit & (at < capacity))
 
 
-@triton.jit
+@kernel
 @no_type_check
 def _histogram_kernel(
     histogram, level, wanted, x, W, b, c, n_tokens, n_features, d,
@@ -85,7 +87,7 @@ def _histogram_kernel(
         tl.atomic_add(histogram + ((bits >> SHIFT) & ((1 << BITS) - 1)), 1, mask=hit)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def _refine_kernel(histogram, level, rank, wanted, SHIFT: tl.constexpr, BITS: tl.constexpr):
     """Sets the BITS of `level` after SHIFT to those of the number of this rank, and the rank to that among equal bits.
@@ -102,61 +104,61 @@ def _refine_kernel(histogram, level, rank, wanted, SHIFT: tl.constexpr, BITS: tl
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """The product z = x @ W.T + b, and scores z * c, whose kernels are launched together."""
-
-    arguments: tuple[Any, ...]
-    tuning: dict[str, Any]
-    grid: tuple[int, int]
-    n_tokens: int
-    n_features: int
-    device: torch.device
-
-    @staticmethod
-    def of(
-        x: Float[Tensor, "token d"],
-        W: Float[Tensor, "feature d"],
-        b: Float[Tensor, "feature"],
-        c: Float[Tensor, "feature"] | None,
-    ) -> "Scorer":
-        x_in, W_in, precision = operands(x, W)
-        (n_tokens, d), n_features = x.shape, len(W)
-        tuning = {"SCALED": c is not None, "STRIP": STRIP, "ROWS": ROWS, "FEATURES": FEATURES, "DEPTH": DEPTH}
-        tuning |= {"PRECISION": precision, "num_warps": WARPS, "num_stages": STAGES}
-        arguments = (x_in, W_in, b, b if c is None else c.contiguous(), n_tokens, n_features, d)
-        grid = (triton.cdiv(n_tokens, ROWS), triton.cdiv(n_features, STRIP * FEATURES))
-        return Scorer(arguments, tuning, grid, n_tokens, n_features, x.device)
-
-    def collect(self, found: "Found", floor: Tensor, ceiling: Float[Tensor, "1"], wanted: Int[Tensor, "1"]) -> None:
-        """Appends the entries with floor < score <= ceiling, unless `wanted` is 0. The floor is one number, or one a
-        feature."""
-        per_feature = floor.numel() > 1
-        assert floor.numel() == (self.n_features if per_feature else 1), f"{floor.numel()} floors"
-        entries = (found.z, found.places, found.n_found, len(found.z), wanted, floor, ceiling)
-        _collect_kernel[self.grid](*entries, *self.arguments, PER_FEATURE=per_feature, **self.tuning)
-
-    def level_of_rank(self, rank: Int[Tensor, "1"], wanted: Int[Tensor, "1"]) -> Float[Tensor, "1"]:
-        """The rank-th largest positive score, 0 where fewer are positive: bits from the highest, in three passes. Nothing
-        is done, and the answer is 0, if `wanted` is 0. `rank` is left changed."""
-        level = torch.zeros(1, device=self.device, dtype=torch.int32)
-        for shift, bits in ((20, 11), (10, 10), (0, 10)):
-            histogram = torch.zeros(1 << bits, device=self.device, dtype=torch.int32)
-            place = {"SHIFT": shift, "BITS": bits}
-            _histogram_kernel[self.grid](histogram, level, wanted, *self.arguments, **place, **self.tuning)
-            _refine_kernel[(1,)](histogram, level, rank, wanted, **place)
-        return level.view(torch.float32)
-
-
-@dataclass(frozen=True)
 class Found:
-    """A list of entries, in any order: z, and token * n_features + feature. What was found beyond its end is counted."""
+    """A list of entries, in any order: z, and token * width + feature, where features of groups stand side by side. What is
+    found beyond its end is counted."""
 
     z: Float[Tensor, "entry"]
     places: Int[Tensor, "entry"]
     n_found: Int[Tensor, "1"]
+    width: int
 
     @staticmethod
-    def none(capacity: int, device: torch.device) -> "Found":
+    def none(capacity: int, width: int, device: torch.device) -> "Found":
         """Empty entries have z 0, at the first place."""
         z = torch.zeros(capacity, device=device)
-        return Found(z, torch.zeros_like(z, dtype=torch.int64), torch.zeros(1, device=device, dtype=torch.int64))
+        counter = torch.zeros(1, device=device, dtype=torch.int64)
+        return Found(z, torch.zeros_like(z, dtype=torch.int64), counter, width)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What kernels want to know of z = x @ W.T + b and of scores z c."""
+
+    arguments: tuple[Any, ...]
+    tuning: dict[str, Any]
+    grid: tuple[int, int]
+    n_features: int
+    base: int  # the number of its first feature, among those of all groups
+
+    @staticmethod
+    def of(of: Affine, base: int = 0) -> "Scorer":
+        x, W, precision = operands(of)
+        (n_tokens, d), n_features = x.shape, len(W)
+        tuning = {"SCALED": of.c is not None, "STRIP": STRIP, "ROWS": ROWS, "FEATURES": FEATURES, "DEPTH": DEPTH}
+        tuning |= {"PRECISION": precision, "num_warps": WARPS, "num_stages": STAGES}
+        b = of.b.contiguous()
+        arguments = (x, W, b, b if of.c is None else of.c.contiguous(), n_tokens, n_features, d)
+        grid = (triton.cdiv(n_tokens, ROWS), triton.cdiv(n_features, STRIP * FEATURES))
+        return Scorer(arguments, tuning, grid, n_features, base)
+
+    def collect(self, found: Found, floor: Tensor, ceiling: Float[Tensor, "1"], wanted: Int[Tensor, "1"]) -> None:
+        """Appends the entries with floor < score <= ceiling, unless `wanted` is 0. The floor is one number, or one a
+        feature."""
+        per_feature = floor.ndim == 1 and len(floor) == self.n_features
+        assert per_feature or floor.numel() == 1, f"{floor.numel()} floors of {self.n_features} features"
+        entries = (found.z, found.places, found.n_found, len(found.z), self.base, found.width, wanted, floor, ceiling)
+        _collect_kernel[self.grid](*entries, *self.arguments, PER_FEATURE=per_feature, **self.tuning)
+
+
+def score_of_rank(scorers: Sequence[Scorer], rank: Int[Tensor, "1"], wanted: Int[Tensor, "1"]) -> Float[Tensor, "1"]:
+    """The score with this rank among all positive ones, 0 where fewer are positive: its bits from the highest, in three
+    passes. Nothing is done, and the answer is 0, if `wanted` is 0."""
+    level, rank = torch.zeros_like(wanted), rank.clone()
+    for shift, bits in ((20, 11), (10, 10), (0, 10)):
+        histogram = wanted.new_zeros(1 << bits)
+        place = {"SHIFT": shift, "BITS": bits}
+        for scorer in scorers:
+            _histogram_kernel[scorer.grid](histogram, level, wanted, *scorer.arguments, **place, **scorer.tuning)
+        _refine_kernel[(1,)](histogram, level, rank, wanted, **place)
+    return level.view(torch.float32)

@@ -1,6 +1,6 @@
 """Sums and dot products of gathered rows.
 
-    bag           out[b]   = sum over slots s of bag b of weights[s] * table[indices[s]]
+    add_bags      out[t]  += sum over slots s of token t of weights[s] * table[feature of s]
     dots          out[s]   = rows[token of s] . table[feature of s]
     feature_sums  out[f]   = sum over slots s of feature f of weights[s] * rows[token of s]
 
@@ -18,7 +18,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nndecomp.decompositions.kernels import Support
+from nndecomp.decompositions.backends.triton_launch import kernel
+from nndecomp.decompositions.support import Support
 
 # Tuning. Columns of a row that a program holds; slots whose rows are under way at once; warps of a program.
 COLUMNS, AHEAD, WARPS = 256, 4, 1
@@ -26,9 +27,11 @@ COLUMNS, AHEAD, WARPS = 256, 4, 1
 PIECE = 256
 
 
-@triton.jit
+@kernel
 @no_type_check
-def _sum(indices, table, weights, order, first, last, column, inside, d, ORDERED: tl.constexpr, AHEAD: tl.constexpr):
+def _sum(
+    indices, table, weights, order, first, last, column, inside, stride, ORDERED: tl.constexpr, AHEAD: tl.constexpr
+):
     """sum over s in [first, last) of weights[s] * table[indices[s], column], slots read through `order` if asked for."""
     total = tl.zeros(column.shape, tl.float32)
     for start in range(first, last, AHEAD):
@@ -39,25 +42,28 @@ def _sum(indices, table, weights, order, first, last, column, inside, d, ORDERED
                 slot = tl.load(order + slot, mask=live, other=0)
             row = tl.load(indices + slot, mask=live, other=0).to(tl.int64)
             weight = tl.load(weights + slot, mask=live, other=0).to(tl.float32)
-            total += weight * tl.load(table + row * d + column, mask=inside & live, other=0).to(tl.float32)
+            total += weight * tl.load(table + row * stride + column, mask=inside & live, other=0).to(tl.float32)
     return total
 
 
-@triton.jit
+@kernel
 @no_type_check
-def _bag_kernel(out, indices, table, offsets, weights, d, COLUMNS: tl.constexpr, AHEAD: tl.constexpr):
+def _bag_kernel(
+    out, indices, table, offsets, weights, d, out_stride, stride, COLUMNS: tl.constexpr, AHEAD: tl.constexpr
+):  # fmt: skip
     bag = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < d
     first, last = tl.load(offsets + bag), tl.load(offsets + bag + 1)
-    total = _sum(indices, table, weights, indices, first, last, column, inside, d, False, AHEAD)
-    tl.store(out + bag * d + column, total, mask=inside)
+    total = _sum(indices, table, weights, indices, first, last, column, inside, stride, False, AHEAD)
+    at = out + bag * out_stride + column
+    tl.store(at, tl.load(at, mask=inside, other=0).to(tl.float32) + total, mask=inside)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def _piece_kernel(
-    pieces, tokens, rows, bounds, weights, order, owner, ends, d,
+    pieces, tokens, rows, bounds, weights, order, owner, ends, d, stride,
     PIECE: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """All pieces but the first of features with more slots than one piece holds: piece p is of feature owner[p]."""
@@ -69,14 +75,14 @@ def _piece_kernel(
     before = tl.load(ends + feature - 1, mask=feature > 0, other=0)
     first = tl.load(bounds + feature) + (piece - before + 1) * PIECE
     last = tl.minimum(first + PIECE, tl.load(bounds + feature + 1))
-    total = _sum(tokens, rows, weights, order, first, last, column, inside, d, True, AHEAD)
+    total = _sum(tokens, rows, weights, order, first, last, column, inside, stride, True, AHEAD)
     tl.store(pieces + piece * d + column, total, mask=inside)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def _feature_kernel(
-    out, pieces, tokens, rows, bounds, weights, order, ends, d,
+    out, pieces, tokens, rows, bounds, weights, order, ends, d, stride,
     PIECE: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
@@ -84,16 +90,18 @@ def _feature_kernel(
     inside = column < d
     first = tl.load(bounds + feature)
     last = tl.minimum(first + PIECE, tl.load(bounds + feature + 1))
-    total = _sum(tokens, rows, weights, order, first, last, column, inside, d, True, AHEAD)
+    total = _sum(tokens, rows, weights, order, first, last, column, inside, stride, True, AHEAD)
     before = tl.load(ends + feature - 1, mask=feature > 0, other=0)
     for piece in range(before, tl.load(ends + feature)):
         total += tl.load(pieces + piece * d + column, mask=inside, other=0)
     tl.store(out + feature * d + column, total, mask=inside)
 
 
-@triton.jit
+@kernel
 @no_type_check
-def _dots_kernel(out, rows, table, indices, offsets, d, SLOTS: tl.constexpr, COLUMNS: tl.constexpr):
+def _dots_kernel(
+    out, rows, table, indices, offsets, d, row_stride, stride, SLOTS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     first, last = tl.load(offsets + token), tl.load(offsets + token + 1)
     for start in range(first, last, SLOTS):
@@ -104,79 +112,68 @@ def _dots_kernel(out, rows, table, indices, offsets, d, SLOTS: tl.constexpr, COL
         for block in range(0, d, COLUMNS):
             column = block + tl.arange(0, COLUMNS)
             inside = column < d
-            row = tl.load(rows + token * d + column, mask=inside, other=0).to(tl.float32)
-            others = tl.load(
-                table + feature[:, None] * d + column[None, :], mask=live[:, None] & inside[None, :], other=0
-            )
+            row = tl.load(rows + token * row_stride + column, mask=inside, other=0).to(tl.float32)
+            at = table + feature[:, None] * stride + column[None, :]
+            others = tl.load(at, mask=live[:, None] & inside[None, :], other=0)
             total += tl.sum(row[None, :] * others.to(tl.float32), 1)
         tl.store(out + slot, total, mask=live)
 
 
-def bag(
-    indices: Int[Tensor, "slot"],
-    table: Float[Tensor, "row d"],
-    offsets: Int[Tensor, "bag_and_one"],
+def add_bags(
+    out: Float[Tensor, "token d"],
+    support: Support,
     weights: Float[Tensor, "slot"],
-) -> Float[Tensor, "bag d"]:
-    n_bags, d = len(offsets) - 1, table.shape[1]
-    out = table.new_empty(n_bags, d)
-    if out.numel():
-        grid = (n_bags, triton.cdiv(d, COLUMNS))
-        operands = (out, indices, table.contiguous(), offsets, weights.contiguous(), d)
-        _bag_kernel[grid](*operands, COLUMNS=COLUMNS, AHEAD=AHEAD, num_warps=WARPS)
-    return out
+    table: Float[Tensor, "feature d"],
+) -> None:
+    assert out.stride(1) == 1, f"rows of numbers side by side, not of stride {out.stride()}"
+    if not out.numel():
+        return
+    (n_tokens, d), table = out.shape, _rows(table)
+    operands = (out, support.indices, table, support.offsets, weights.contiguous(), d, out.stride(0), table.stride(0))
+    _bag_kernel[(n_tokens, triton.cdiv(d, COLUMNS))](*operands, COLUMNS=COLUMNS, AHEAD=AHEAD, num_warps=WARPS)
 
 
-def dots(
-    rows: Float[Tensor, "token d"], table: Float[Tensor, "feature d"], support: Support
-) -> Float[Tensor, "slot"]:
+def dots(rows: Float[Tensor, "token d"], table: Float[Tensor, "feature d"], support: Support) -> Float[Tensor, "slot"]:
+    rows, table = _rows(rows), _rows(table)
     out = rows.new_empty(len(support.indices))
     if out.numel():
-        operands = (out, rows.contiguous(), table.contiguous(), support.indices, support.offsets, rows.shape[1])
-        _dots_kernel[(support.n_tokens,)](*operands, SLOTS=4 * AHEAD, COLUMNS=COLUMNS, num_warps=4 * WARPS)
+        operands = (out, rows, table, support.indices, support.offsets, rows.shape[1], rows.stride(0), table.stride(0))
+        _dots_kernel[(len(rows),)](*operands, SLOTS=4 * AHEAD, COLUMNS=COLUMNS, num_warps=4 * WARPS)
     return out
 
 
 def by_feature(
     indices: Int[Tensor, "slot"], n_features: int
 ) -> tuple[Int[Tensor, "slot"], Int[Tensor, "feature_and_one"]]:
-    """Slots sorted by feature, and where each feature's slots start. Stable, so that a feature's slots stay in the order
-    of tokens and every run adds them alike; a radix sort, over no more bytes than a feature's number has."""
+    """A radix sort, over no more bytes than the number of a feature has; stable, so that every run adds up alike."""
     narrow = torch.int16 if n_features <= torch.iinfo(torch.int16).max else torch.int32
     features, order = indices.to(narrow).sort(stable=True)
     return order, torch.searchsorted(features, torch.arange(n_features + 1, device=indices.device, dtype=narrow))
 
 
 def feature_sums(
-    support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"]
+    support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"], piece: int = PIECE
 ) -> Float[Tensor, "feature d"]:
-    order, bounds = support.by_feature
-    return segment_sums(support.tokens, order, bounds, rows, weights)
-
-
-def segment_sums(
-    tokens: Int[Tensor, "slot"],
-    order: Int[Tensor, "slot"],
-    bounds: Int[Tensor, "feature_and_one"],
-    rows: Float[Tensor, "token d"],
-    weights: Float[Tensor, "slot"],
-    piece: int = PIECE,
-) -> Float[Tensor, "feature d"]:
-    """feature_sums, from slots sorted by feature."""
-    n_features, d = len(bounds) - 1, rows.shape[1]
-    out = rows.new_empty(n_features, d)
+    rows, weights, d = _rows(rows), weights.contiguous(), rows.shape[1]
+    order, bounds = support.by_feature(by_feature)
+    out = rows.new_empty(support.n_features, d)
     if not out.numel():
         return out
-    # ends[f]: pieces of features up to f, the first one of each left out. There are never more than slots // piece.
+    # ends[f]: pieces of the features up to f, the first one of each left out. There are never more than slots // piece.
     ends = ((bounds.diff() - 1).clamp_min(0) // piece).cumsum(0)
     n_pieces, blocks = len(order) // piece, triton.cdiv(d, COLUMNS)
     pieces = torch.empty(n_pieces, d, device=rows.device, dtype=torch.float32)
-    rows, weights = rows.contiguous(), weights.contiguous()
     tuning = {"PIECE": piece, "COLUMNS": COLUMNS, "AHEAD": AHEAD, "num_warps": WARPS}
+    operands = (pieces, support.tokens, rows, bounds, weights, order)
     if n_pieces:
-        # Programs beyond the last piece find the last feature, an empty range of slots, and write what nobody reads.
+        # Programs beyond the last piece are given the last feature, find no slots left, and write what nobody reads.
         which = torch.arange(n_pieces, device=rows.device)
-        owner = torch.searchsorted(ends, which, right=True).clamp_max(n_features - 1)
-        _piece_kernel[(n_pieces, blocks)](pieces, tokens, rows, bounds, weights, order, owner, ends, d, **tuning)
-    _feature_kernel[(n_features, blocks)](out, pieces, tokens, rows, bounds, weights, order, ends, d, **tuning)
+        owner = torch.searchsorted(ends, which, right=True).clamp_max(support.n_features - 1)
+        _piece_kernel[(n_pieces, blocks)](*operands, owner, ends, d, rows.stride(0), **tuning)
+    _feature_kernel[(support.n_features, blocks)](out, *operands, ends, d, rows.stride(0), **tuning)
     return out
+
+
+def _rows(table: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """A span of columns as it is; what is laid out otherwise copied."""
+    return table if table.stride(1) == 1 else table.contiguous()

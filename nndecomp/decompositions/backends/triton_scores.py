@@ -1,18 +1,19 @@
 """A tile of scores, and the k largest of a row of numbers: what the encoder's kernels are made of.
 
-    z     [row, feature]  = x @ W.T + b      in float32, whatever the type of x and W
-    score [row, feature]  = z * c
+z     [row, feature]  = x @ W.T + b      in float32, whatever the type of x and W
+score [row, feature]  = z * c
 """
 
 # pyright: reportMissingImports=false
 
 from typing import no_type_check
 
-import triton
 import triton.language as tl
 
+from nndecomp.decompositions.backends.triton_launch import kernel
 
-@triton.jit
+
+@kernel
 @no_type_check
 def pre_activations(
     x, W, b, rows, in_rows, features, in_features, d,
@@ -31,7 +32,7 @@ def pre_activations(
     return total + tl.load(b + features, mask=in_features, other=0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@kernel
 @no_type_check
 def scaled(z, c, features, in_features, SCALED: tl.constexpr):
     """Scores of a tile."""
@@ -41,14 +42,14 @@ def scaled(z, c, features, in_features, SCALED: tl.constexpr):
     return score
 
 
-@triton.jit
+@kernel
 @no_type_check
 def halves(z):
     """The first and the second half of the columns."""
     return z.reshape(z.shape[0], 2, z.shape[1] // 2).permute(0, 2, 1).split()
 
 
-@triton.jit
+@kernel
 @no_type_check
 def rank_key(score):
     """Unsigned integers in the order of the numbers, NaN above infinity; 0 is below every number."""
@@ -56,7 +57,7 @@ def rank_key(score):
     return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def largest(key, live, k):
     """Which of the live entries of each row [row, entry] are its k largest, the leftmost of equal ones, and the k-th

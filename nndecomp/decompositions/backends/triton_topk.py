@@ -15,12 +15,11 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
-from torch import Tensor
 
-from nndecomp.decompositions.backends.triton_launch import INTERPRETED, operands, power_of_two, processors
+from nndecomp.decompositions.backends.interface import Affine
+from nndecomp.decompositions.backends.triton_launch import INTERPRETED, kernel, operands, power_of_two, processors
 from nndecomp.decompositions.backends.triton_scores import halves, largest, pre_activations, rank_key, scaled
-from nndecomp.decompositions.kernels import Support
+from nndecomp.decompositions.support import Selected, Support
 
 # Tuning. A tile: tokens, features, and columns of x and W per step; warps and pipelined steps. `SHORTENED` lists are
 # shortened at a time. A list has room for `SPARE` tiles beside its k best. Programs a multiprocessor.
@@ -28,7 +27,7 @@ ROWS, FEATURES, DEPTH, WARPS, STAGES = (16, 16, 16, 4, 1) if INTERPRETED else (1
 SHORTENED, SPARE, PROGRAMS = 16, 1, 2
 
 
-@triton.jit
+@kernel
 @no_type_check
 def _topk_kernel(
     z_out, feature_out, counts, floors, x, W, b, c, n_tokens, n_features, d, k, strip,
@@ -71,7 +70,7 @@ def _topk_kernel(
     tl.store(counts + lists, count, mask=in_rows)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def _append(z_out, feature_out, z, c, own, start, end, floor, count, SCALED: tl.constexpr):
     """Writes what is above the floor to the ends of the lists; returns how long they are then."""
@@ -84,7 +83,7 @@ def _append(z_out, feature_out, z, c, own, start, end, floor, count, SCALED: tl.
     return count + tl.sum(hit.to(tl.int32), 1)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def _shorten(z_out, feature_out, counts, floors, c, rows, n_tokens, k, SCALED: tl.constexpr, ROOM: tl.constexpr):
     """Of the lists of some rows, the k best stay, in their order."""
@@ -108,7 +107,7 @@ def _shorten(z_out, feature_out, counts, floors, c, rows, n_tokens, k, SCALED: t
     tl.store(floors + lists, kth.to(tl.int32, bitcast=True), mask=in_rows)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def _merge_kernel(
     index_out, value_out, z_lists, feature_lists, counts, c, k,
@@ -136,36 +135,29 @@ def _strips(n_tokens: int, n_features: int, device: torch.device) -> int:
     return power_of_two(most + 1) // 2 if most > 1 else 1
 
 
-def linear_topk(
-    x: Float[Tensor, "token d"],
-    W: Float[Tensor, "feature d"],
-    b: Float[Tensor, "feature"],
-    c: Float[Tensor, "feature"] | None,
-    k: int,
-    n_strips: int | None = None,
-) -> tuple[Support, Float[Tensor, "slot"]]:
-    """The k features with the largest z * c of every token, and their z; equal ones: those with the lowest numbers."""
-    (n_tokens, d), n_features = x.shape, len(W)
+def topk(of: Affine, k: int, n_strips: int | None = None) -> Selected:
+    """Of equal entries those with the lowest features. Slots of a token are in the order of their features."""
+    (n_tokens, d), n_features, device = of.x.shape, len(of.W), of.x.device
     assert 0 < k <= n_features, f"k={k} of {n_features} features"
-    n_strips = _strips(n_tokens, n_features, x.device) if n_strips is None else n_strips
+    n_strips = _strips(n_tokens, n_features, device) if n_strips is None else n_strips
     room = power_of_two(k + SPARE * FEATURES)
-    indices = torch.empty(n_tokens * k, device=x.device, dtype=torch.int64)
-    values = torch.empty(n_tokens * k, device=x.device, dtype=W.dtype)
+    indices = torch.empty(n_tokens * k, device=device, dtype=torch.int64)
+    values = torch.empty(n_tokens * k, device=device, dtype=of.W.dtype)
     if n_tokens:
-        z_lists = torch.empty(n_tokens * n_strips * room, device=x.device)
+        z_lists = torch.empty(n_tokens * n_strips * room, device=device)
         feature_lists = torch.empty_like(z_lists, dtype=torch.int32)
-        counts = torch.empty(n_tokens * n_strips, device=x.device, dtype=torch.int32)
-        x_in, W_in, precision = operands(x, W)
-        scales = b if c is None else c.contiguous()  # not read where there are none
+        counts = torch.empty(n_tokens * n_strips, device=device, dtype=torch.int32)
+        x, W, precision = operands(of)
+        c = of.b if of.c is None else of.c.contiguous()  # not read where there is none
         _topk_kernel[(triton.cdiv(n_tokens, ROWS), n_strips)](
-            *(z_lists, feature_lists, counts, torch.empty_like(counts), x_in, W_in, b, scales),
+            *(z_lists, feature_lists, counts, torch.empty_like(counts), x, W, of.b.contiguous(), c),
             *(n_tokens, n_features, d, k, triton.cdiv(n_features, n_strips)),
-            **{"SCALED": c is not None, "ROOM": room, "SHORTENED": min(SHORTENED, ROWS), "ROWS": ROWS},
+            **{"SCALED": of.c is not None, "ROOM": room, "SHORTENED": min(SHORTENED, ROWS), "ROWS": ROWS},
             **{"FEATURES": FEATURES, "DEPTH": DEPTH, "PRECISION": precision, "num_warps": WARPS, "num_stages": STAGES},
         )
         _merge_kernel[(n_tokens,)](
-            *(indices, values, z_lists, feature_lists, counts, scales, k),
-            **{"SCALED": c is not None, "STRIPS": n_strips, "ROOM": room, "num_warps": 4},
+            *(indices, values, z_lists, feature_lists, counts, c, k),
+            **{"SCALED": of.c is not None, "STRIPS": n_strips, "ROOM": room, "num_warps": 4},
         )
-    offsets = torch.arange(n_tokens + 1, device=x.device) * k
-    return Support(indices, offsets, n_features), values
+    offsets = torch.arange(n_tokens + 1, device=device) * k
+    return Selected(Support(indices, offsets, n_features), values)

@@ -1,0 +1,237 @@
+"""Triton's kernels, interpreted on the CPU: they select what sorting selects and add up what dense products add up."""
+
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+from decomposition_parts import ARCHITECTURES, objective, planted
+from torch import Tensor
+
+from nndecomp.config.schema import Activation, BackendKind, Scope
+from nndecomp.decompositions import backends
+from nndecomp.decompositions.backends.interface import Affine
+from nndecomp.decompositions.codes import SparseCodes
+from nndecomp.decompositions.support import Selected, Support
+from nndecomp.errors import SettingError
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'nndecomp[triton]'")
+
+from nndecomp.decompositions.backends import triton_gather, triton_threshold, triton_topk
+from nndecomp.decompositions.backends.triton_collect import FEATURES
+from nndecomp.decompositions.backends.triton_launch import INTERPRETED, operands
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="where there is a GPU, tests/test_backends.py runs on it")
+
+
+def affine(n_tokens: int, d: int, n_features: int, *, scaled: bool = False, seed: int = 0) -> Affine:
+    draw = torch.Generator().manual_seed(seed)
+    x, W = (torch.randn(n, d, generator=draw) for n in (n_tokens, n_features))
+    c = 0.5 + torch.rand(n_features, generator=draw) if scaled else None
+    return Affine(x, W, torch.randn(n_features, generator=draw), c)
+
+
+def scores_are(scores: Tensor) -> Affine:
+    """z is this matrix."""
+    return Affine(scores, torch.eye(scores.shape[1]), torch.zeros(scores.shape[1]), None)
+
+
+def pre_and_score(of: Affine) -> tuple[Tensor, Tensor]:
+    pre = of.x.float() @ of.W.float().T + of.b.float()
+    return pre, pre if of.c is None else pre * of.c
+
+
+def active(selected: Selected) -> Tensor:
+    """Slots whose value is not 0, as a matrix of ones."""
+    return SparseCodes((selected.values != 0).float(), selected.support).dense().bool()
+
+
+def best_of_batch(score: Tensor, n: int) -> Tensor:
+    best = score.flatten().topk(min(n, score.numel()))
+    return torch.zeros(score.numel()).scatter(0, best.indices[best.values > 0], 1).view_as(score).bool()
+
+
+# Tokens, d, features, k, strips: sizes beside those of a tile (16 by 16 by 16), one strip or several, one shorter than k.
+SIZES = [(1, 3, 5, 1, 1), (17, 20, 130, 5, 1), (5, 16, 130, 5, 4), (3, 40, 70, 33, 2), (2, 7, 7, 7, 1)]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_topk_is_the_k_largest_of_each_token_by_feature(size, scaled):
+    *shape, k, n_strips = size
+    of = affine(*shape, scaled=scaled)
+    pre, score = pre_and_score(of)
+    found = triton_topk.topk(of, k, n_strips)
+    expected = score.topk(k).indices.sort(1).values
+    assert torch.equal(found.support.indices.view(-1, k), expected)
+    assert found.support.offsets.tolist() == [k * t for t in range(shape[0] + 1)]
+    torch.testing.assert_close(found.values.view(-1, k), pre.gather(1, expected))
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "equal", "negative"])
+def test_topk_is_exact_however_scores_are_ordered(order):
+    """Rising scores are above the floor all along, so that lists are shortened again and again."""
+    n_features, k = 9 * FEATURES, 3
+    line = torch.arange(1.0, n_features + 1)
+    row = {"rising": line, "falling": line.flip(0), "equal": torch.ones(n_features), "negative": -line}[order]
+    found = triton_topk.topk(scores_are(torch.stack([row, 2 * row])), k, 1)
+    expected = list(range(n_features - k, n_features)) if order == "rising" else list(range(k))
+    assert found.support.indices.view(2, k).tolist() == [expected] * 2
+    assert torch.equal(found.values.view(2, k)[1], 2 * row[expected])
+
+
+def test_what_is_not_a_number_is_selected_and_stays_in_its_token():
+    scores = torch.arange(40.0).repeat(3, 1)
+    scores[1, 30] = torch.nan
+    found = triton_topk.topk(scores_are(scores), 2)  # times 0 it is not a number in the whole row
+    assert found.values.view(3, 2).isnan().tolist() == [[False, False], [True, True], [False, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_multiplied_exactly_and_added_in_float32(dtype):
+    of = affine(6, 33, 50)
+    half = Affine(of.x.to(dtype), of.W.to(dtype), of.b, None)
+    pre, _ = pre_and_score(half)
+    found = triton_topk.topk(half, 4)
+    assert found.values.dtype == dtype
+    assert torch.equal(active(found), torch.zeros_like(pre).scatter(1, pre.topk(4).indices, 1).bool())
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(triton_topk.topk(of, 4).support.indices, found.support.indices)
+
+
+def test_the_precision_of_the_product_is_torchs():
+    before, x = torch.get_float32_matmul_precision(), torch.tensor([[1 + 2**-12]])
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert operands(Affine(x, x, torch.zeros(1), None))[0].item() == 1
+        torch.set_float32_matmul_precision("highest")
+        assert operands(Affine(x, x, torch.zeros(1), None))[0].item() == 1 + 2**-12
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# A guess that is right, one that lets everything through, one that lets nothing through.
+@pytest.mark.parametrize("guess", [None, 0.0, 1e9])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("size", [(1, 3, 5, 2), (33, 20, 70, 100), (5, 16, 100, 20)])
+def test_batchtopk_is_the_largest_of_the_batch_whatever_was_guessed(size, scaled, guess):
+    *shape, n_slots = size
+    of = affine(*shape, scaled=scaled)
+    pre, score = pre_and_score(of)
+    (found,) = triton_threshold.batchtopk([of], n_slots, None if guess is None else torch.tensor([guess]))
+    expected = best_of_batch(score, n_slots)
+    assert torch.equal(active(found), expected)
+    torch.testing.assert_close(SparseCodes(found.values, found.support).dense(), pre * expected)
+
+
+@pytest.mark.parametrize("guess", [None, 0.0, 2.0])
+def test_slots_of_a_batch_that_nobody_wants_have_value_0(guess):
+    of = affine(9, 4, 30)
+    low = Affine(of.x, of.W, of.b - 6, None)
+    score = pre_and_score(low)[1]
+    assert 0 < int((score > 0).sum()) < 100
+    (found,) = triton_threshold.batchtopk([low], 100, None if guess is None else torch.tensor([guess]))
+    assert len(found.values) == 100 and found.support.offsets[-1] == 100
+    assert torch.equal(active(found), score > 0)
+    torch.testing.assert_close(SparseCodes(found.values, found.support).dense(), score.relu())
+
+
+@pytest.mark.parametrize("guess", [None, 0.0, 1.0])
+def test_equal_entries_fill_what_is_left_of_a_batch(guess):
+    """More of them than the list of candidates has room for, under a few larger ones, which must not be lost."""
+    scores = torch.ones(6, 100)
+    scores[2, 7:10] = 3
+    given = None if guess is None else torch.tensor([guess])
+    (found,) = triton_threshold.batchtopk([scores_are(scores)], 40, given)
+    assert sorted(found.values.tolist()) == [1] * 37 + [3] * 3
+    assert active(found).sum() == 40 and active(found)[2, 7:10].all()
+
+
+@pytest.mark.parametrize("guess", [None, 1e9])
+def test_groups_that_share_a_batch_compete(guess):
+    parts = [affine(12, 5, n, seed=n, scaled=n == 7) for n in (40, 7, 90)]
+    scores = torch.cat([pre_and_score(of)[1] for of in parts], 1)
+    found = triton_threshold.batchtopk(parts, 60, None if guess is None else torch.tensor([guess]))
+    assert torch.equal(torch.cat(list(map(active, found)), 1), best_of_batch(scores, 60))
+    assert sum(len(each.values) for each in found) == 60
+
+
+@pytest.mark.parametrize("room", [None, 1])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_above_is_every_entry_above_its_features_threshold_also_where_room_was_short(scaled, room):
+    of = affine(20, 33, 70, scaled=scaled)
+    threshold = torch.linspace(-3, 20, 70)
+    pre, score = pre_and_score(of)
+    found = triton_threshold.above(of, threshold, room)
+    tokens, indices = (score > threshold).nonzero(as_tuple=True)
+    assert torch.equal(found.support.tokens, tokens) and torch.equal(found.support.indices, indices)
+    torch.testing.assert_close(found.values, pre[tokens, indices])
+    assert len(triton_threshold.above(of, threshold + 1e9).values) == 0
+
+
+@pytest.mark.parametrize(("d", "columns"), list(product((1, 300), (slice(None), slice(3, None)))))
+def test_sums_and_dots_equal_dense_products(d, columns):
+    draw = torch.Generator().manual_seed(d)
+    dense = torch.randn(12, 9, generator=draw) * (torch.rand(12, 9, generator=draw) < 0.3)
+    dense[4], dense[:, 8] = 0, 0  # a token without features, a feature without tokens
+    tokens, indices = dense.nonzero(as_tuple=True)
+    support, weights = Support.of(tokens, indices, 12, 9), dense[tokens, indices]
+    table, wide = torch.randn(9, d, generator=draw), torch.randn(12, d + (columns.start or 0), generator=draw)
+    rows, out = wide[:, columns], wide.clone()
+    triton_gather.add_bags(out[:, columns], support, weights, table)
+    torch.testing.assert_close(out[:, columns], rows + dense @ table)
+    assert torch.equal(out[:, : columns.start or 0], wide[:, : columns.start or 0])
+    torch.testing.assert_close(triton_gather.dots(rows, table, support), (rows @ table.T)[tokens, indices])
+    for piece in (1, 2, 256):
+        torch.testing.assert_close(triton_gather.feature_sums(support, rows, weights, piece), dense.T @ rows)
+    order, bounds = triton_gather.by_feature(indices, 9)
+    assert torch.equal(order, indices.sort(stable=True).indices)
+    assert torch.equal(bounds.diff(), torch.bincount(indices, minlength=9)) and bounds[0] == 0
+
+
+def test_sums_over_nothing_are_0():
+    none = Support(torch.zeros(0, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), 5)
+    rows = torch.randn(3, 6)
+    out = rows.clone()
+    triton_gather.add_bags(out, none, torch.zeros(0), torch.randn(5, 6))
+    assert torch.equal(out, rows)
+    assert torch.equal(triton_gather.feature_sums(none, rows, torch.zeros(0)), torch.zeros(5, 6))
+    assert triton_gather.dots(rows, torch.randn(5, 6), none).shape == (0,)
+
+
+def gradients(backend: BackendKind, **settings) -> tuple[float, dict[str, Tensor]]:
+    with backends.using(backend):
+        assert backends.of(torch.zeros(1)).name == backend.value
+        made = objective(**settings)
+        loss, _ = made.loss(planted(made.layout, 8), 0.0)
+        loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("activation", [Activation.topk, Activation.batchtopk], ids=lambda a: a.value)
+@pytest.mark.parametrize("scope", Scope, ids=lambda s: s.value)
+@pytest.mark.parametrize("architecture", ["sae", "cross_layer_transcoder", "decoupled_crosscoder"])
+def test_losses_and_gradients_are_those_of_torch(architecture, scope, activation):
+    settings = ARCHITECTURES[architecture] | {"activation": activation, "scope": scope}
+    loss, grads = gradients(BackendKind.torch, **settings)
+    own_loss, own_grads = gradients(BackendKind.triton, **settings)
+    assert own_loss == pytest.approx(loss, rel=1e-5)
+    assert own_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(own_grads[name], grad, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_without_triton_it_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(backends, "without_triton", lambda: "Triton is not installed")
+    with pytest.raises(SettingError, match="^backend=triton: Triton is not installed; use backend=torch$"):
+        backends.use(BackendKind.triton)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_a_gpu_within_its_registers(repo):
+    """For compute capability 9.0, which takes no GPU: what the interpreter cannot see."""
+    made = subprocess.run([sys.executable, repo / "tests/triton_compiled.py"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:]
+    spilled = {name: int(spill) for name, spill in (line.split() for line in made.stdout.splitlines())}
+    assert len(spilled) == 9 and max(spilled.values()) <= 64, spilled

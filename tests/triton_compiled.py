@@ -1,0 +1,75 @@
+"""Compiles every Triton kernel for compute capability 9.0, without a GPU, and prints the bytes of registers that each one spills.
+
+python tests/triton_compiled.py        one line a kernel; run by tests/test_triton_backend.py
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled where it is not set
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nndecomp.decompositions.backends import triton_collect, triton_gather, triton_topk
+
+HALF, FULL, LONG, INT = "*bf16", "*fp32", "*i64", "*i32"
+# Types of arguments by name; others are int32. Weights and activations are bfloat16, as in training at speed.
+TYPES = {
+    **dict.fromkeys(("x", "W", "table", "rows", "out"), HALF),
+    **dict.fromkeys(("b", "c", "z_out", "z_lists", "value_out", "weights", "pieces", "floor", "ceiling"), FULL),
+    **dict.fromkeys(("indices", "offsets", "bounds", "order", "owner", "ends", "tokens"), LONG),
+    **dict.fromkeys(("index_out", "place_out", "counter", "rank"), LONG),
+    **dict.fromkeys(("feature_out", "feature_lists", "counts", "floors", "histogram", "level", "wanted"), INT),
+}
+# Tiles as on a GPU: 32 features a token are selected, of a dictionary whose strips are four.
+TILE = {"SCALED": True, "ROWS": 128, "FEATURES": 128, "DEPTH": 64, "PRECISION": "ieee"}
+GATHER = {"COLUMNS": triton_gather.COLUMNS, "AHEAD": triton_gather.AHEAD}
+PIECES = {"PIECE": triton_gather.PIECE, **GATHER}
+BITS = {"SHIFT": 20, "BITS": 11}
+KERNELS = [
+    (triton_gather._bag_kernel, GATHER, 1, 3),
+    (triton_gather._piece_kernel, PIECES, 1, 3),
+    (triton_gather._feature_kernel, PIECES, 1, 3),
+    (triton_gather._dots_kernel, {"SLOTS": 16, "COLUMNS": triton_gather.COLUMNS}, 4, 3),
+    (triton_topk._topk_kernel, {"ROOM": 256, "SHORTENED": triton_topk.SHORTENED, **TILE}, 8, 3),
+    (triton_topk._merge_kernel, {"SCALED": True, "STRIPS": 4, "ROOM": 256}, 4, 3),
+    (triton_collect._collect_kernel, {"PER_FEATURE": True, "STRIP": triton_collect.STRIP, **TILE}, 8, 3),
+    (triton_collect._histogram_kernel, {**BITS, "STRIP": triton_collect.STRIP, **TILE}, 8, 3),
+    (triton_collect._refine_kernel, BITS, 4, 3),
+]
+
+
+def spilled(kernel, constants: dict, num_warps: int, num_stages: int) -> int:
+    """Bytes that a thread stores because it has no more registers, as the assembler says."""
+    names = kernel.arg_names
+    types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    # What Triton finds out by itself at a launch: addresses and widths are multiples of 16.
+    aligned = [
+        name for name in names if types[name].startswith("*") or name in ("d", "stride", "out_stride", "row_stride")
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert made.metadata.shared <= 227 * 1024, f"{kernel.__name__} takes {made.metadata.shared} bytes of shared memory"
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(made.asm["ptx"])
+        file.flush()
+        command = [assembler, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
+
+
+if __name__ == "__main__":
+    for kernel, *how in KERNELS:
+        print(kernel.__name__, spilled(kernel, *how), flush=True)
