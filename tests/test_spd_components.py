@@ -11,7 +11,7 @@ from nndecomp.config.spd import ImportanceConfig, ImportanceKind
 from nndecomp.decompositions.spd.components import Components, masked
 from nndecomp.decompositions.spd.masks import Mask
 from nndecomp.errors import SettingError
-from nndecomp.targets.hooks import substituting
+from nndecomp.targets.hooks import Side, Tap, substituting
 from nndecomp.targets.maps import LinearMap, MapKind, find_maps, kind_of, linear_map
 
 ROWS = (3, 4)
@@ -256,7 +256,7 @@ def test_a_substitute_of_another_shape_is_refused():
     model = chain(4, 6)
     with (
         pytest.raises(AssertionError, match=r"\(2, 1\) stands where \(2, 6\)"),
-        substituting({model[0]: lambda x, y: y[:, :1]}),
+        substituting({Tap(model[0], Side.output): lambda x, y: y[:, :1]}),
     ):
         model(torch.randn(2, 4))
 

@@ -161,7 +161,7 @@ def test_positions_where_no_component_stands_are_left_alone():
     parameters = gated(target, IMPORTANCE)
     first = target.logits(text().tokens)[:, 0]
     seen = []
-    with substituting({parameters.decomposition.maps["h.0.mlp.c_fc"].module: lambda x, y: seen.append(y[:, 0])}):
+    with substituting({parameters.decomposition.maps["h.0.mlp.c_fc"].tap: lambda x, y: seen.append(y[:, 0])}):
         kls(target, parameters, [EvaluatedMasks.pgd])
     torch.testing.assert_close(target.logits(text().tokens)[:, 0], first)
     assert len({tuple(each.flatten().tolist()) for each in seen}) == len(range(0, 4, 3)), "position 0 is not kept"

@@ -72,7 +72,7 @@ def _described(
         own = decomposition.components[name]
         reads = {_space(inputs[name], there, f"{name}:in"): own.V.T.float().cpu()}
         writes = {_space(outputs[name], there, f"{name}:out"): own.U.float().cpu()}
-        part = name.rpartition(".")[2]
+        part = linear.part
         found[name] = Units(f"L{layer}.{part}", part, layer, reads, writes, False, nothing(own.n_components))
     return found
 

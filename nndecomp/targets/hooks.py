@@ -91,18 +91,34 @@ def visiting(visits: Sequence[tuple[Tap, Replace]]) -> Iterator[None]:
         yield
 
 
-# Given what a module takes in and what it returns, what it is to return instead; None leaves it.
+# Given x and y = map(x), what is to be there in place of y; None leaves it. At a module's output y is what it returns; at its
+# input both are what it takes in.
 Substitute = Callable[[Tensor, Tensor], Tensor | None]
 
 
 @contextmanager
-def substituting(substitutes: Mapping[nn.Module, Substitute]) -> Iterator[None]:
-    """Within the block, each module returns what its function makes of its input and output, cast to the output's dtype."""
-
+def substituting(substitutes: Mapping[Tap, Substitute]) -> Iterator[None]:
+    """Within the block, what the function makes of x and y stands at each tap, cast to the dtype of y."""
     with ExitStack() as attached:
-        for module, substitute in substitutes.items():
-            attached.callback(module.register_forward_hook(partial(_substituted, substitute), prepend=True).remove)
+        for tap, substitute in substitutes.items():
+            attached.callback(_attach_substitute(tap, substitute).remove)
         yield
+
+
+def _attach_substitute(tap: Tap, substitute: Substitute) -> RemovableHandle:
+    assert tap.columns is None, "a map is substituted as a whole"
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        new = _substituted(substitute, module, args, args[0])
+        return None if new is None else (new, *args[1:])
+
+    match tap.side:
+        case Side.input:
+            return tap.module.register_forward_pre_hook(before)
+        case Side.output:
+            return tap.module.register_forward_hook(partial(_substituted, substitute), prepend=True)
+        case Side.stream:
+            raise AssertionError("a stream is no map")
 
 
 def _substituted(substitute: Substitute, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

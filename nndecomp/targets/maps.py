@@ -3,6 +3,9 @@
 linear       torch's Linear, weight [d_out, d_in]     M = weight^T
 conv1d       GPT-2's Conv1D, weight [d_in, d_out]     M = weight
 embedding    Embedding, weight [n_vocab, d]           M = weight, x one-hot, given as token ids
+identity     what stands before a Linear or Conv1D    M = 1, y = x: its components say how the stream that the module reads is used
+
+An identity is named by the module that it stands before, `<path>.pre_identity`; it is nowhere in the model itself.
 """
 
 from collections.abc import Mapping
@@ -10,22 +13,28 @@ from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nndecomp.config.checks import require
+from nndecomp.targets.hooks import Side, Tap
 
 
 class MapKind(Enum):
     linear = "linear"
     conv1d = "conv1d"
     embedding = "embedding"
+    identity = "identity"
+
+
+BEFORE = ".pre_identity"
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    name: str  # path of the module in the model
-    module: nn.Module
+    name: str  # path of the module in the model, and of an identity BEFORE
+    module: nn.Module  # of an identity the one that it stands before
     kind: MapKind
     d_in: int
     d_out: int
@@ -36,13 +45,26 @@ class LinearMap:
         assert isinstance(weight, nn.Parameter), f"{self.name}.weight is a {type(weight).__name__}"
         return weight
 
+    @property
+    def tap(self) -> Tap:
+        """Where y can be replaced."""
+        return Tap(self.module, Side.input if self.kind is MapKind.identity else Side.output)
+
+    @property
+    def part(self) -> str:
+        """The last part of its name, `c_fc` or `c_fc.pre_identity`."""
+        path = self.name.removesuffix(BEFORE)
+        return path.rpartition(".")[2] + self.name[len(path) :]
+
     def matrix(self) -> Float[Tensor, "d_in d_out"]:
         """M, in float32."""
         weight = self.weight.detach().float()
+        if self.kind is MapKind.identity:
+            return torch.eye(self.d_in, device=weight.device)
         return weight.T if self.kind is MapKind.linear else weight
 
     def bias(self) -> Float[Tensor, " d_out"] | None:
-        bias = getattr(self.module, "bias", None)
+        bias = None if self.kind is MapKind.identity else getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()
 
 
@@ -67,8 +89,28 @@ def linear_map(name: str, module: nn.Module) -> LinearMap:
     return LinearMap(name, module, kind, d_in, d_out)
 
 
+def identity_before(linear: LinearMap) -> LinearMap:
+    """What stands before a map of vectors."""
+    require(
+        linear.kind in (MapKind.linear, MapKind.conv1d),
+        f"spd.maps: {linear.name}{BEFORE} would be an identity of tokens; name a Linear or Conv1D before{BEFORE}",
+    )
+    return LinearMap(f"{linear.name}{BEFORE}", linear.module, MapKind.identity, linear.d_in, linear.d_in)
+
+
+def map_named(model: nn.Module, name: str) -> LinearMap | None:
+    """The map of this name, if the model has it."""
+    path = name.removesuffix(BEFORE)
+    module = dict(model.named_modules()).get(path)
+    if module is None or kind_of(module) is None:
+        return None
+    linear = linear_map(path, module)
+    return linear if path == name else identity_before(linear)
+
+
 def find_maps(model: nn.Module, patterns: Mapping[str, int]) -> dict[LinearMap, int]:
-    """Every map that a pattern of module paths matches, with the pattern's number; in the order of the patterns.
+    """Every map that a pattern of module paths matches, with the pattern's number; in the order of the patterns. A pattern
+    that ends in BEFORE is of the identities before the maps that the rest of it matches.
 
     Raises SettingError for a pattern that matches nothing, what is no linear map, or a map that is matched before.
     """
@@ -76,7 +118,8 @@ def find_maps(model: nn.Module, patterns: Mapping[str, int]) -> dict[LinearMap, 
     found: dict[LinearMap, int] = {}
     by_name: dict[str, str] = {}
     for pattern, n in patterns.items():
-        names = [name for name in modules if fnmatchcase(name, pattern)]
+        paths = pattern.removesuffix(BEFORE)
+        names = [name for name in modules if fnmatchcase(name, paths)]
         known = [name for name, module in modules.items() if kind_of(module) is not None]
         require(bool(names), f"spd.maps: {pattern} matches none of the target's linear maps: {_listed(known)}")
         for name in names:
@@ -86,9 +129,13 @@ def find_maps(model: nn.Module, patterns: Mapping[str, int]) -> dict[LinearMap, 
                 f"spd.maps: {pattern} matches {name}, a {type(module).__name__}, which is no linear map (Linear, Conv1D or "
                 "Embedding)",
             )
-            require(name not in by_name, f"spd.maps: {name} is matched by {by_name.get(name)} and by {pattern}")
-            by_name[name] = pattern
-            found[linear_map(name, module)] = n
+            own = linear_map(name, module)
+            own = own if paths == pattern else identity_before(own)
+            require(
+                own.name not in by_name, f"spd.maps: {own.name} is matched by {by_name.get(own.name)} and by {pattern}"
+            )
+            by_name[own.name] = pattern
+            found[own] = n
     return found
 
 

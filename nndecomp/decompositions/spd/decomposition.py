@@ -18,7 +18,7 @@ from nndecomp.decompositions.spd.components import Components, TransposedCompone
 from nndecomp.decompositions.spd.importance import GlobalImportance, Input, LayerwiseImportance
 from nndecomp.decompositions.spd.masks import Mask, Masking
 from nndecomp.decompositions.spd.sigmoids import lower_leaky, upper_leaky
-from nndecomp.targets.hooks import Substitute, substituting
+from nndecomp.targets.hooks import Substitute, Tap, substituting
 from nndecomp.targets.maps import LinearMap, MapKind
 
 
@@ -97,7 +97,7 @@ class ParameterDecomposition(nn.Module):
     @contextmanager
     def recording(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Within the block, one run of the model keeps what the maps take in in `inputs`, and what they return in `outputs`."""
-        with substituting({each.module: partial(_keep, name, inputs, outputs) for name, each in self.maps.items()}):
+        with substituting({each.tap: partial(_keep, name, inputs, outputs) for name, each in self.maps.items()}):
             yield
         require(
             inputs.keys() == self.maps.keys(),
@@ -108,8 +108,8 @@ class ParameterDecomposition(nn.Module):
     def installed(self, masking: Masking, outputs: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Within the block, masked components stand in for the maps that `masking` names; what they return is kept in `outputs`."""
         own = self.components
-        substitutes: dict[nn.Module, Substitute] = {
-            self.maps[name].module: partial(_stand_in, name, own[name], self._biases[name], mask, outputs)
+        substitutes: dict[Tap, Substitute] = {
+            self.maps[name].tap: partial(_stand_in, name, own[name], self._biases[name], mask, outputs)
             for name, mask in masking.items()
         }
         with substituting(substitutes):

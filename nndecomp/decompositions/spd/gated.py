@@ -80,7 +80,7 @@ class GatedParameters(Replacement):
         reads = 1 if linear.kind is MapKind.embedding else linear.d_in
         layer = self.places[linear.name][1].layer
         return GroupCost(
-            name=f"L{layer}.{linear.name.rpartition('.')[2]}",
+            name=f"L{layer}.{linear.part}",
             n_components=C,
             parameters=reads + linear.d_out,
             n_writes=1,
@@ -157,7 +157,7 @@ class GatedParameters(Replacement):
             return substitute
 
         maps = {n: self._decomposition.maps[n] for n, (_, write) in self.places.items() if write in sites}
-        with substituting({each.module: stand_in(name, each.bias()) for name, each in maps.items()}):
+        with substituting({each.tap: stand_in(name, each.bias()) for name, each in maps.items()}):
             yield lambda: self._active(batch, found)
 
 

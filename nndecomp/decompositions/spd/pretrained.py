@@ -18,7 +18,7 @@ from nndecomp.config.checks import require
 from nndecomp.config.spd import ImportanceConfig, ImportanceKind
 from nndecomp.decompositions.pretrained import check_fit, config_of, read_weights, source_directory, write_pretrained
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
-from nndecomp.targets.maps import LinearMap, kind_of, linear_map
+from nndecomp.targets.maps import LinearMap, map_named
 
 FORMAT = "nndecomp.ParameterDecomposition"
 FORMAT_VERSION = 1
@@ -57,15 +57,12 @@ def load_parameters(source: str | Path, model: nn.Module) -> ParameterDecomposit
     """In eval mode, of the maps of `model`. SettingError if the source is no parameter decomposition, or one of another model."""
     directory = source_directory(source, None)
     config = config_of(directory, FORMAT, FORMAT_VERSION)
-    modules = dict(model.named_modules())
     maps: dict[LinearMap, int] = {}
     tie: dict[str, str] = {}
     for fact in config["maps"]:
-        require(
-            fact["name"] in modules and kind_of(modules[fact["name"]]) is not None,
-            f"{source} decomposes {fact['name']}, a linear map that this model does not have",
-        )
-        linear = linear_map(fact["name"], modules[fact["name"]])
+        linear = map_named(model, fact["name"])
+        require(linear is not None, f"{source} decomposes {fact['name']}, a linear map that this model does not have")
+        assert linear is not None, "checked above"
         if "tied_to" in fact:
             tie[fact["name"]] = fact.pop("tied_to")
         here, norm = _fact(linear, fact["n_components"]), fact.pop("norm")
