@@ -1,7 +1,9 @@
 """Timing training steps: who makes which step, on what, and what is made of the times."""
 
+import copy
 import logging
 from contextlib import closing
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from nndecomp.config.compose import compose, dump
 from nndecomp.config.schema import RunConfig, SizeConfig
 from nndecomp.decompositions.activation_pointwise import JumpRelu
 from nndecomp.errors import SettingError
+from nndecomp.evaluation.agreement import agreement, dense_losses
 from nndecomp.evaluation.dense import DensePairs
 from nndecomp.evaluation.timing import (
     Floor,
@@ -146,6 +149,23 @@ def test_sizes_that_are_not_there_are_refused():
         compose("exp_020_throughput", ["throughput.at=[c5]"])
     with pytest.raises(SettingError, match="k=99 is more than n_features=8"):
         SizeConfig(d_model=4, n_features=8, batch_tokens=4, k=99)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+def test_the_fast_step_learns_and_selects_as_dense_products_do(cfg: RunConfig, activation: str):
+    system = throughput_systems.systems()[f"nndecomp_torch_{activation}"]
+    settings = throughput_steps.configured(cfg.decomposition, system, SIZE)
+    batches = throughput_steps.rows(SIZE, 3, seed=0)
+    training = replace(cfg.training, n_tokens=8 * SIZE.batch_tokens, batch_tokens=SIZE.batch_tokens, lr=1e-2)
+    made = throughput_steps.objective(settings, SIZE, batches[0], seed=0)
+    dense = dense_losses(made, batches, training)
+    same = agreement(copy.deepcopy(made), batches, training, dense, "synthetic", "torch")
+    assert same.deviation < 1e-6 and same.share == 1.0 and same.n_either > 8 * 0.9 * SIZE.k * SIZE.batch_tokens
+    assert same.losses[-1] < 0.95 * same.losses[0], "it learns, so there is something to agree about"
+    other = throughput_steps.objective(settings, SIZE, batches[0], seed=1)
+    assert agreement(other, batches, training, dense, "synthetic", "torch").deviation > 1e-3, (
+        "of other weights it differs"
+    )
 
 
 def test_the_table_divides_by_what_does_the_same():

@@ -6,30 +6,53 @@ python experiments/exp_020_throughput/run.py +scale=smoke                    # s
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nndecomp.config.schema import RunConfig
+from nndecomp.config.schema import Question, RunConfig
 from nndecomp.run import experiment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 
 @experiment("exp_020_throughput", patches=False)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
-    return step(cfg, out)
-
-
-def step(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
-    from nndecomp.checkpoint import write_text
-    from nndecomp.report import style, tables, throughput
+    from nndecomp.report import throughput
 
-    (out / "traces").mkdir(exist_ok=True)
-    times, floors = build.timed_steps(cfg, out)
-    table, notes = throughput.table(times, floors), "\n".join(throughput.notes(times, floors))
+    assert cfg.throughput is not None
+    match cfg.throughput.question:
+        case Question.step | Question.clt:
+            (out / "traces").mkdir(exist_ok=True)
+            times, floors = build.timed_steps(cfg, out)
+            said = "\n".join(throughput.notes(times, floors))
+            write(out, throughput.table(times, floors), throughput.raw(times, floors), said)
+            draw(out, throughput.figure(times, floors))
+            return throughput.scores(times, floors)
+        case Question.quality:
+            found = build.agreements(cfg)
+            write(out, throughput.agreed(found), throughput.curves(found), "")
+            return throughput.agreement_scores(found)
+        case other:
+            raise AssertionError(other)
+
+
+def write(out: Path, table: "DataFrame", raw: "DataFrame", notes: str) -> None:
+    """What a reader sees, and every number it is made of."""
+    from nndecomp.checkpoint import write_text
+    from nndecomp.report import tables
+
     write_text(out / "table.md", tables.markdown(table) + f"\n{notes}\n")
     write_text(out / "table.csv", tables.comma_separated(table))
-    write_text(out / "steps.csv", tables.comma_separated(throughput.raw(times, floors)))
-    style.save(throughput.figure(times, floors), out / "figures", "throughput")
+    write_text(out / "raw.csv", tables.comma_separated(raw))
     print(f"{tables.terminal(table)}\n\n{notes}")
-    return throughput.scores(times, floors)
+
+
+def draw(out: Path, figure: "Figure") -> None:
+    from nndecomp.report import style
+
+    style.save(figure, out / "figures", "throughput")
 
 
 if __name__ == "__main__":

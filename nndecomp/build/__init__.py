@@ -49,6 +49,7 @@ from nndecomp.build.settings import (
 )
 from nndecomp.build.tail import diagnosed, one_decomposition, reported_tail
 from nndecomp.build.throughput import timed_steps
+from nndecomp.build.throughput_quality import agreements
 from nndecomp.build.toy_settings import toy_settings
 from nndecomp.build.toys import decomposed_toy, recovered_toy, trained_toy
 from nndecomp.build.training import looking, trained, untrained
@@ -70,6 +71,7 @@ __all__ = [
     "Member",
     "Pair",
     "activity",
+    "agreements",
     "baseline_instances",
     "baselines",
     "canonical_settings",

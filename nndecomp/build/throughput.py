@@ -16,6 +16,12 @@ from nndecomp.training.progress import Progress
 logger = logging.getLogger(__name__)
 
 
+def asked(cfg: RunConfig) -> ThroughputConfig:
+    require(cfg.throughput is not None, "throughput=null does not say what is measured; write question=step")
+    assert cfg.throughput is not None
+    return cfg.throughput
+
+
 def chosen(cfg: ThroughputConfig) -> list[str]:
     """The systems to measure; SettingError for one that is named but not there, a sentence for one that merely could be."""
     known = {name: systems()[name] for name in answering(cfg.question)}
@@ -36,12 +42,11 @@ def chosen(cfg: ThroughputConfig) -> list[str]:
 def timed_steps(cfg: RunConfig, out: Path) -> tuple[list[Times], list[Floor]]:
     """Of every size and system, each in a process of its own that reads <out>/config.yaml. Traces, if they are asked for, go
     to <out>/traces, which is there."""
-    require(cfg.throughput is not None, "throughput=null does not say what is timed; write question=step")
-    assert cfg.throughput is not None
-    names = chosen(cfg.throughput)
+    throughput = asked(cfg)
+    names = chosen(throughput)
     times, floors = [], []
-    for size in cfg.throughput.at:
-        found = rounds(out, size, [*names, FLOOR], cfg.throughput)
+    for size in throughput.at:
+        found = rounds(out, size, [*names, FLOOR], throughput)
         floors.append(_floor(found.pop(FLOOR), size_of(cfg, size), size))
         times += [_times(name, each, size) for name, each in found.items()]
     return times, floors

@@ -77,7 +77,7 @@ def rows(size: SizeConfig, n_batches: int, seed: int) -> list[Rows]:
 
 def configured(base: DecompositionConfig, system: System, size: SizeConfig) -> DecompositionConfig:
     """`decomposition`, as the system has it at this size."""
-    own: dict[str, Any] = {"n_features": size.n_features, "k": size.k, "activation": system.activation}
+    own: dict[str, Any] = {"n_features": size.n_features, "k": size.k, "activation": system.activation, "layers": [0]}
     if system.activation is Activation.jumprelu:
         own |= {"k": None, "penalty_warmup": 0.0}
     if size.n_layers > 1:

@@ -60,7 +60,8 @@ def systems() -> dict[str, System]:
     selecting = (Activation.topk, Activation.batchtopk)
     l0 = (("penalty", Penalty.l0), ("penalty_coefficient", 0.5))
     every = [System(OURS, each, backend.value) for backend in backends() for each in selecting]
-    every += [System(OURS, Activation.jumprelu, backend.value, l0) for backend in backends()]
+    of_fvu = (("penalty", Penalty.l0), ("penalty_coefficient", 0.01))
+    every += [System(OURS, Activation.jumprelu, backend.value, of_fvu) for backend in backends()]
 
     sums = ("reconstruction", Reconstruction.sum_of_squares)
     lens = (sums, ("decoder", Decoder.free), ("dead", Dead.none))

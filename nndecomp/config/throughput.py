@@ -61,7 +61,6 @@ class ThroughputConfig:
     n_batches: int = 4  # different ones, in turn
     factors: list[float] = field(default_factory=list)  # question=growth: of features, k and batch, each by itself
     layers: list[int] = field(default_factory=list)  # question=growth: of a cross-layer transcoder
-    steps: int = 100  # question=quality: of a loss curve
     trace: bool = False  # write a Chrome trace of a step of each of this library's systems
 
     def __post_init__(self) -> None:
@@ -71,7 +70,6 @@ class ThroughputConfig:
         require(OWN not in self.sizes, f"throughput.sizes has {OWN}, which is the name of what the other settings say")
         require(all(each > 0 for each in self.factors), f"throughput.factors={self.factors} must be positive")
         require(all(each > 1 for each in self.layers), f"throughput.layers={self.layers} must be 2 or more")
-        require(self.steps > 0, f"throughput.steps={self.steps} must be positive")
         known = [OWN, *self.sizes]
         require(
             len(self.at) > 0 and set(self.at) <= set(known),

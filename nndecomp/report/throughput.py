@@ -7,6 +7,7 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nndecomp.evaluation.agreement import TOLERANCE, Agreement
 from nndecomp.evaluation.timing import Floor, Times, dense_flops, encoder_flops, middle, number, ratio, sparse_flops
 from nndecomp.report import style
 
@@ -156,3 +157,39 @@ def _bars(panel: Axes, times: Sequence[Times], floor: Floor) -> None:
     panel.grid(axis="y", visible=False)
     panel.set_title(f"{floor.name}: {floor.size}", loc="left", fontsize=8, pad=12)
     panel.set_xlabel("ms a training step")
+
+
+def agreed(found: Sequence[Agreement]) -> pandas.DataFrame:
+    """One line for each origin of rows, activation function and backend."""
+    return pandas.DataFrame(
+        [
+            {
+                "rows": each.rows,
+                "system": f"{OURS} {each.backend} {each.activation}",
+                "steps": len(each.losses),
+                "first loss": f"{each.losses[0]:.4f}",
+                "last loss": f"{each.losses[-1]:.4f}",
+                "largest deviation from dense": f"{each.deviation:.1e}",
+                f"within {TOLERANCE:.0e}": "yes" if each.deviation <= TOLERANCE else "no",
+                "selection agrees": f"{each.share:.7f}",
+                "pairs that differ": f"{each.n_either - each.n_both:,} of {each.n_either:,}",
+            }
+            for each in found
+        ]
+    )
+
+
+def curves(found: Sequence[Agreement]) -> pandas.DataFrame:
+    """Both losses at every step."""
+    steps = [
+        (each.rows, each.activation, each.backend, step, loss, dense)
+        for each in found
+        for step, (loss, dense) in enumerate(zip(each.losses, each.dense_losses, strict=True))
+    ]
+    return pandas.DataFrame(steps, columns=["rows", "activation", "backend", "step", "loss", "dense_loss"])
+
+
+def agreement_scores(found: Sequence[Agreement]) -> dict[str, float]:
+    named = {f"{each.rows}/{each.backend}_{each.activation}".replace(" ", "_"): each for each in found}
+    deviations = {f"{name}/deviation": each.deviation for name, each in named.items()}
+    return deviations | {f"{name}/agreement": each.share for name, each in named.items()}
