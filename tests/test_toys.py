@@ -263,13 +263,11 @@ def test_a_toy_without_settings_of_its_decomposition_is_refused():
 
 @pytest.mark.slow
 def test_superposition_is_taken_apart_into_its_features(tmp_path: Path):
-    """exp_026's first toy with batches of 1024 in place of 4096; minutes of one CPU core."""
-    cfg = compose("exp_026_spd_toys", ["training.batch_tokens=1024", "training.n_tokens=10_240_000", "device=cpu"])
+    """exp_026's first toy as it is set; a minute of one CPU core."""
+    cfg = compose("exp_026_spd_toys", ["device=cpu"])
     torch.manual_seed(cfg.seed)
     toy = build.trained_toy(cfg, tmp_path / "toy")
     values = scores(build.recovered_toy(cfg, toy, build.decomposed_toy(cfg, toy, tmp_path)))
     for name in ("linear1", "linear2"):
-        assert values[f"mmcs/{name}"] > 0.99, values
+        assert values[f"mmcs/{name}"] > 0.99 and 0.98 < values[f"ml2r/{name}"] < 1.02, values
         assert values[f"errors/{name}"] == 0 and values[f"used/{name}"] == 5, values
-    assert 0.98 < values["ml2r/linear1"] < 1.02, values
-    assert 0.96 < values["ml2r/linear2"] < 1.02, values
