@@ -10,7 +10,7 @@ from nndecomp.config.schema import RunConfig
 from nndecomp.run import experiment
 
 
-@experiment("exp_001_train_transcoder_pile", trains=True)
+@experiment("exp_001_train_transcoder_pile", trains=True, shares=True)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
 

@@ -10,7 +10,7 @@ from nndecomp.config.schema import RunConfig
 from nndecomp.run import experiment
 
 
-@experiment("exp_002_train_transcoder_ss", trains=True)
+@experiment("exp_002_train_transcoder_ss", trains=True, shares=True)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
 

@@ -11,7 +11,7 @@ from nndecomp.config.schema import RunConfig
 from nndecomp.run import experiment
 
 
-@experiment("exp_010_train_transcoder_pile_sweep", trains=True)
+@experiment("exp_010_train_transcoder_pile_sweep", trains=True, shares=True)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
 

@@ -10,7 +10,7 @@ from nndecomp.config.schema import RunConfig
 from nndecomp.run import experiment
 
 
-@experiment("exp_015_crosscoder_model_diff", trains=True)
+@experiment("exp_015_crosscoder_model_diff", trains=True, shares=True)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
 

@@ -11,7 +11,7 @@ from nndecomp.config.schema import RunConfig
 from nndecomp.run import experiment
 
 
-@experiment("exp_027_train_presets", trains=True)
+@experiment("exp_027_train_presets", trains=True, shares=True)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
     from nndecomp.report import presets, style

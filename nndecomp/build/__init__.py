@@ -47,6 +47,7 @@ from nndecomp.build.settings import (
     device,
     trainable,
 )
+from nndecomp.build.sharing import Job, check_sharing, trained_together
 from nndecomp.build.tail import diagnosed, one_decomposition, reported_tail
 from nndecomp.build.throughput import timed_steps
 from nndecomp.build.throughput_quality import agreements
@@ -68,6 +69,7 @@ __all__ = [
     "Collected",
     "Compared",
     "Heldout",
+    "Job",
     "Member",
     "Pair",
     "activity",
@@ -79,6 +81,7 @@ __all__ = [
     "check_faithful",
     "check_length",
     "check_runs",
+    "check_sharing",
     "collected",
     "compared",
     "compared_units",
@@ -119,6 +122,7 @@ __all__ = [
     "toy_settings",
     "trainable",
     "trained",
+    "trained_together",
     "trained_toy",
     "training_flops",
     "truth",

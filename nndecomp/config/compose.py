@@ -7,6 +7,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobRuntime
 from omegaconf import DictConfig, OmegaConf
 
 from nndecomp.config.registry import CONF, register
@@ -49,12 +50,13 @@ def changed(cfg: DecompositionConfig, settings: Mapping[str, Any]) -> Decomposit
 @contextmanager
 def _beside_a_running_app() -> Iterator[None]:
     """Hydra knows one application at a time; an experiment that composes further settings is itself one."""
-    running = GlobalHydra.instance().hydra
+    running, runtime = GlobalHydra.instance().hydra, JobRuntime.instance()
+    named = runtime.conf.copy()  # what the application is called, after which its log is
     GlobalHydra.instance().hydra = None
     try:
         yield
     finally:
-        GlobalHydra.instance().hydra = running
+        GlobalHydra.instance().hydra, runtime.conf = running, named
 
 
 def compose_tree(name: str, overrides: Sequence[str] = (), with_hydra: bool = False) -> DictConfig:

@@ -8,12 +8,14 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # not public; Hydra is pinned below 1.4
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from omegaconf import open_dict, read_write
 
 from nndecomp.config.compose import compose_tree, refusing, resolve
 from nndecomp.config.schema import RunConfig
@@ -22,7 +24,18 @@ from nndecomp.config.schema import RunConfig
 @dataclass(frozen=True)
 class CommandLine:
     jobs: list[RunConfig]  # empty: the command line only asks for information
-    on_slurm: bool  # jobs are sent to SLURM
+    overrides: list[list[str]]  # of each job
+    is_sweep: bool
+    launcher: str  # the class that starts the jobs
+
+    @property
+    def on_slurm(self) -> bool:
+        return "slurm" in self.launcher.lower()
+
+    @property
+    def in_this_process(self) -> bool:
+        """Jobs run here, one after the other."""
+        return self.launcher.endswith("BasicLauncher")
 
 
 def only_asks(args: Namespace) -> bool:
@@ -42,7 +55,7 @@ def command_line(name: str, arguments: Sequence[str] | None = None) -> CommandLi
     """What `arguments` (default: the program's) stand for. SettingError names the setting that cannot work."""
     args = get_args_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments))
     if only_asks(args):
-        return CommandLine(jobs=[], on_slurm=False)
+        return CommandLine([], [], is_sweep=False, launcher="")
     with refusing():
         parsed = OverridesParser.create().parse_overrides(args.overrides)
         fixed = [one.input_line for one in parsed if not one.is_sweep_override()]
@@ -50,6 +63,15 @@ def command_line(name: str, arguments: Sequence[str] | None = None) -> CommandLi
         many = args.multirun or hydra_node.mode is RunMode.MULTIRUN
         spread = list(job_overrides(args.overrides, hydra_node.sweeper.params or {})) if many else [args.overrides]
     trees = [compose_tree(name, overrides) for overrides in spread]
-    return CommandLine(
-        jobs=[resolve(tree) for tree in trees], on_slurm="slurm" in str(hydra_node.launcher.get("_target_")).lower()
-    )
+    return CommandLine([resolve(tree) for tree in trees], spread, many, str(hydra_node.launcher.get("_target_")))
+
+
+def job_directories(name: str, overrides: Sequence[Sequence[str]], sweep_directory: Path) -> list[Path]:
+    """Where Hydra will put each job of a sweep."""
+    found = []
+    for number, each in enumerate(overrides):
+        node = compose_tree(name, each, with_hydra=True)
+        with read_write(node), open_dict(node):
+            node.hydra.job.num = number
+        found.append(sweep_directory / node.hydra.sweep.subdir)
+    return found

@@ -37,6 +37,9 @@ class TrainingConfig:
     checkpoint_every: int = 1000  # steps
     evaluate_every: int = 0  # steps; 0: only at the end
     log_every: int = 50  # steps
+    # The jobs of a sweep, in one process, on one stream of rows for all that read the same text and model in the same order;
+    # each in its own directory, with the weights it would have by itself.
+    share_stream: bool = False
 
     @property
     def n_steps(self) -> int:

@@ -109,6 +109,7 @@ def start_wandb(out: Path, cfg: LogConfig, name: str) -> Any:
             mode=cfg.wandb.value,  # type: ignore[arg-type]
             id=read_json(identity)["id"],
             resume="allow" if cfg.wandb is Wandb.online else None,
+            reinit="create_new",  # jobs that share a stream log side by side
             project=cfg.project,
             entity=cfg.entity,
             group=cfg.group,

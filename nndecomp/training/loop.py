@@ -30,8 +30,8 @@ from nndecomp.training.window import Window, check_parameters
 
 logger = logging.getLogger(__name__)
 STREAM = "(stream)"  # the stream's lane of random numbers; no objective is called so
-# Settings that say when something is written or looked at. They may change between two starts of a run.
-OCCASIONS = ("checkpoint_every", "evaluate_every", "log_every")
+# Settings that say when something is written or looked at, or what trains beside. They may change between two starts of a run.
+OCCASIONS = ("checkpoint_every", "evaluate_every", "log_every", "share_stream")
 
 
 class Trainee:

@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 
+def set_seed(seed: int) -> None:
+    """All global generators start anew."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def torch_random_state() -> dict[str, Tensor]:
     """States of torch's global generators: the CPU's, and the current accelerator's if there is one in use."""
     state = {"cpu": torch.get_rng_state()}
