@@ -37,7 +37,7 @@ KERNELS = [
     (triton_gather._feature_kernel, PIECES, 1, 3),
     (triton_gather._dots_kernel, {"SLOTS": 16, "COLUMNS": triton_gather.COLUMNS}, 4, 3),
     (triton_topk._topk_kernel, {"ROOM": 256, "SHORTENED": triton_topk.SHORTENED, **TILE}, 8, 3),
-    (triton_topk._merge_kernel, {"SCALED": True, "STRIPS": 4, "ROOM": 256}, 4, 3),
+    (triton_topk._merge_kernel, {"SCALED": True, "STRIPS": 4, "ROOM": 256, "MERGED": 1}, 4, 3),
     (triton_collect._collect_kernel, {"PER_FEATURE": True, "STRIP": triton_collect.STRIP, **TILE}, 8, 3),
     (triton_collect._histogram_kernel, {**BITS, "STRIP": triton_collect.STRIP, **TILE}, 8, 3),
     (triton_collect._refine_kernel, BITS, 4, 3),

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any, no_type_check
 
 import torch
-import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nndecomp.decompositions.backends.interface import Affine
-from nndecomp.decompositions.backends.triton_launch import INTERPRETED, kernel, operands
+from nndecomp.decompositions.backends.triton_launch import INTERPRETED, kernel, n_blocks, operands
 from nndecomp.decompositions.backends.triton_scores import halves, pre_activations, scaled
 
 # Tuning, as in `triton_topk`; and the tiles of a strip.
@@ -139,7 +138,7 @@ class Scorer:
         tuning |= {"PRECISION": precision, "num_warps": WARPS, "num_stages": STAGES}
         b = of.b.contiguous()
         arguments = (x, W, b, b if of.c is None else of.c.contiguous(), n_tokens, n_features, d)
-        grid = (triton.cdiv(n_tokens, ROWS), triton.cdiv(n_features, STRIP * FEATURES))
+        grid = (n_blocks(n_tokens, ROWS), n_blocks(n_features, STRIP * FEATURES))
         return Scorer(arguments, tuning, grid, n_features, base)
 
     def collect(self, found: Found, floor: Tensor, ceiling: Float[Tensor, "1"], wanted: Int[Tensor, "1"]) -> None:

@@ -13,15 +13,14 @@ power of two. A sum is added up in float32 and in the order of its slots, whatev
 from typing import no_type_check
 
 import torch
-import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nndecomp.decompositions.backends.triton_launch import kernel
+from nndecomp.decompositions.backends.triton_launch import kernel, n_blocks, power_of_two
 from nndecomp.decompositions.support import Support
 
-# Tuning. Columns of a row that a program holds; slots whose rows are under way at once; warps of a program.
+# Tuning. Columns of a row that a program holds at most; slots whose rows are under way at once; warps of a program.
 COLUMNS, AHEAD, WARPS = 256, 4, 1
 # A feature active on more tokens than this is summed in pieces, so that no program works long after the others.
 PIECE = 256
@@ -130,7 +129,8 @@ def add_bags(
         return
     (n_tokens, d), table = out.shape, _rows(table)
     operands = (out, support.indices, table, support.offsets, weights.contiguous(), d, out.stride(0), table.stride(0))
-    _bag_kernel[(n_tokens, triton.cdiv(d, COLUMNS))](*operands, COLUMNS=COLUMNS, AHEAD=AHEAD, num_warps=WARPS)
+    columns = _columns(d)
+    _bag_kernel[(n_tokens, n_blocks(d, columns))](*operands, COLUMNS=columns, AHEAD=AHEAD, num_warps=WARPS)
 
 
 def dots(rows: Float[Tensor, "token d"], table: Float[Tensor, "feature d"], support: Support) -> Float[Tensor, "slot"]:
@@ -138,7 +138,7 @@ def dots(rows: Float[Tensor, "token d"], table: Float[Tensor, "feature d"], supp
     out = rows.new_empty(len(support.indices))
     if out.numel():
         operands = (out, rows, table, support.indices, support.offsets, rows.shape[1], rows.stride(0), table.stride(0))
-        _dots_kernel[(len(rows),)](*operands, SLOTS=4 * AHEAD, COLUMNS=COLUMNS, num_warps=4 * WARPS)
+        _dots_kernel[(len(rows),)](*operands, SLOTS=4 * AHEAD, COLUMNS=_columns(rows.shape[1]), num_warps=4 * WARPS)
     return out
 
 
@@ -161,9 +161,10 @@ def feature_sums(
         return out
     # ends[f]: pieces of the features up to f, the first one of each left out. There are never more than slots // piece.
     ends = ((bounds.diff() - 1).clamp_min(0) // piece).cumsum(0)
-    n_pieces, blocks = len(order) // piece, triton.cdiv(d, COLUMNS)
+    n_pieces, columns = len(order) // piece, _columns(d)
+    blocks = n_blocks(d, columns)
     pieces = torch.empty(n_pieces, d, device=rows.device, dtype=torch.float32)
-    tuning = {"PIECE": piece, "COLUMNS": COLUMNS, "AHEAD": AHEAD, "num_warps": WARPS}
+    tuning = {"PIECE": piece, "COLUMNS": columns, "AHEAD": AHEAD, "num_warps": WARPS}
     operands = (pieces, support.tokens, rows, bounds, weights, order)
     if n_pieces:
         # Programs beyond the last piece are given the last feature, find no slots left, and write what nobody reads.
@@ -172,6 +173,11 @@ def feature_sums(
         _piece_kernel[(n_pieces, blocks)](*operands, owner, ends, d, rows.stride(0), **tuning)
     _feature_kernel[(support.n_features, blocks)](out, *operands, ends, d, rows.stride(0), **tuning)
     return out
+
+
+def _columns(d: int) -> int:
+    """Columns of a block of rows of d numbers."""
+    return min(COLUMNS, power_of_two(d))
 
 
 def _rows(table: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:

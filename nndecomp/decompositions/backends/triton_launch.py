@@ -1,8 +1,8 @@
-"""What every Triton kernel here shares: whether it is interpreted, how exact its matrix products are, and its tuning.
+"""What every Triton kernel here shares: whether it is interpreted, and how exact its matrix products are.
 
 Without a GPU the kernels run through Triton's interpreter (TRITON_INTERPRET=1 before the first import) on tensors of the
-CPU: same source, same numbers, a thousand times slower. Timing on a GPU picks the configuration of a launch; nothing that
-may be picked changes in which order numbers are added, so that a run and its resumption stay the same to the bit.
+CPU: same source, a thousand times slower. Nothing is tuned while it runs: sizes of tiles are constants at the top of each
+file, and none of them changes in which order numbers are added over slots, so that runs repeat each other to the bit.
 """
 
 # pyright: reportMissingImports=false
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 from nndecomp.decompositions.backends.interface import Affine
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED: bool = knobs.runtime.interpret
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Of a product of float32, by torch.get_float32_matmul_precision(). "highest" is three products of TF32 parts: float32 up to
@@ -52,6 +53,11 @@ def processors(device: torch.device) -> int:
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def n_blocks(n: int, size: int) -> int:
+    """Blocks of this size that n take."""
+    return -(-n // size)
+
+
 def power_of_two(n: int) -> int:
     """The smallest that is at least n."""
-    return triton.next_power_of_2(n)
+    return 1 << (n - 1).bit_length()

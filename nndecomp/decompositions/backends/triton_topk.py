@@ -13,18 +13,26 @@ times for scores in random order, which costs little beside the product.
 from typing import no_type_check
 
 import torch
-import triton
 import triton.language as tl
 
 from nndecomp.decompositions.backends.interface import Affine
-from nndecomp.decompositions.backends.triton_launch import INTERPRETED, kernel, operands, power_of_two, processors
+from nndecomp.decompositions.backends.triton_launch import (
+    INTERPRETED,
+    kernel,
+    n_blocks,
+    operands,
+    power_of_two,
+    processors,
+)
 from nndecomp.decompositions.backends.triton_scores import halves, largest, pre_activations, rank_key, scaled
 from nndecomp.decompositions.support import Selected, Support
 
 # Tuning. A tile: tokens, features, and columns of x and W per step; warps and pipelined steps. `SHORTENED` lists are
-# shortened at a time. A list has room for `SPARE` tiles beside its k best. Programs a multiprocessor.
+# shortened at a time. A list has room for `SPARE` tiles beside its k best. Programs a multiprocessor. Tokens whose lists a
+# program merges.
 ROWS, FEATURES, DEPTH, WARPS, STAGES = (16, 16, 16, 4, 1) if INTERPRETED else (128, 128, 64, 8, 3)
 SHORTENED, SPARE, PROGRAMS = 16, 1, 2
+MERGED = 16 if INTERPRETED else 1
 
 
 @kernel
@@ -110,13 +118,14 @@ def _shorten(z_out, feature_out, counts, floors, c, rows, n_tokens, k, SCALED: t
 @kernel
 @no_type_check
 def _merge_kernel(
-    index_out, value_out, z_lists, feature_lists, counts, c, k,
-    SCALED: tl.constexpr, STRIPS: tl.constexpr, ROOM: tl.constexpr,
+    index_out, value_out, z_lists, feature_lists, counts, c, n_tokens, k,
+    SCALED: tl.constexpr, STRIPS: tl.constexpr, ROOM: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """The k best of one token's lists, by feature."""
-    token = tl.program_id(0).to(tl.int64)
+    """The k best of each token's lists, by feature."""
+    token = (tl.program_id(0).to(tl.int64) * MERGED + tl.arange(0, MERGED))[:, None]
     entry = tl.arange(0, STRIPS * ROOM)[None, :]
-    live = entry % ROOM < tl.load(counts + token * STRIPS + entry // ROOM)
+    in_tokens = token < n_tokens
+    live = in_tokens & (entry % ROOM < tl.load(counts + token * STRIPS + entry // ROOM, mask=in_tokens, other=0))
     z = tl.load(z_lists + token * STRIPS * ROOM + entry, mask=live, other=0)
     feature = tl.load(feature_lists + token * STRIPS * ROOM + entry, mask=live, other=0)
     score = z
@@ -130,7 +139,7 @@ def _merge_kernel(
 
 def _strips(n_tokens: int, n_features: int, device: torch.device) -> int:
     """Strips of features, a power of two, that give every multiprocessor its programs; none shorter than four tiles."""
-    wanted = PROGRAMS * processors(device) // triton.cdiv(n_tokens, ROWS)
+    wanted = PROGRAMS * processors(device) // n_blocks(n_tokens, ROWS)
     most = min(wanted, n_features // (4 * FEATURES), 16)
     return power_of_two(most + 1) // 2 if most > 1 else 1
 
@@ -149,15 +158,15 @@ def topk(of: Affine, k: int, n_strips: int | None = None) -> Selected:
         counts = torch.empty(n_tokens * n_strips, device=device, dtype=torch.int32)
         x, W, precision = operands(of)
         c = of.b if of.c is None else of.c.contiguous()  # not read where there is none
-        _topk_kernel[(triton.cdiv(n_tokens, ROWS), n_strips)](
+        _topk_kernel[(n_blocks(n_tokens, ROWS), n_strips)](
             *(z_lists, feature_lists, counts, torch.empty_like(counts), x, W, of.b.contiguous(), c),
-            *(n_tokens, n_features, d, k, triton.cdiv(n_features, n_strips)),
+            *(n_tokens, n_features, d, k, n_blocks(n_features, n_strips)),
             **{"SCALED": of.c is not None, "ROOM": room, "SHORTENED": min(SHORTENED, ROWS), "ROWS": ROWS},
             **{"FEATURES": FEATURES, "DEPTH": DEPTH, "PRECISION": precision, "num_warps": WARPS, "num_stages": STAGES},
         )
-        _merge_kernel[(n_tokens,)](
-            *(indices, values, z_lists, feature_lists, counts, c, k),
-            **{"SCALED": of.c is not None, "STRIPS": n_strips, "ROOM": room, "num_warps": 4},
+        _merge_kernel[(n_blocks(n_tokens, MERGED),)](
+            *(indices, values, z_lists, feature_lists, counts, c, n_tokens, k),
+            **{"SCALED": of.c is not None, "STRIPS": n_strips, "ROOM": room, "MERGED": MERGED, "num_warps": 4},
         )
     offsets = torch.arange(n_tokens + 1, device=device) * k
     return Selected(Support(indices, offsets, n_features), values)
