@@ -18,36 +18,41 @@ from triton.compiler import ASTSource
 from nndecomp.decompositions.backends import triton_collect, triton_gather, triton_topk
 
 HALF, FULL, LONG, INT = "*bf16", "*fp32", "*i64", "*i32"
-# Types of arguments by name; others are int32. Weights and activations are bfloat16, as in training at speed.
+# Types of arguments by name; others are int32, and those of what is multiplied are a kernel's own.
 TYPES = {
-    **dict.fromkeys(("x", "W", "table", "rows", "out"), HALF),
     **dict.fromkeys(("b", "c", "z_out", "z_lists", "value_out", "weights", "pieces", "floor", "ceiling"), FULL),
     **dict.fromkeys(("indices", "offsets", "bounds", "order", "owner", "ends", "tokens"), LONG),
     **dict.fromkeys(("index_out", "place_out", "counter", "rank"), LONG),
     **dict.fromkeys(("feature_out", "feature_lists", "counts", "floors", "histogram", "level", "wanted"), INT),
 }
-# Tiles as on a GPU: 32 features a token are selected, of a dictionary whose strips are four.
+# Tiles as on a GPU: 32 features a token are selected, of a dictionary in four strips. Once in bfloat16, once in float32.
 TILE = {"SCALED": True, "ROWS": 128, "FEATURES": 128, "DEPTH": 64, "PRECISION": "ieee"}
+EXACT = {**TILE, "DEPTH": 32, "PRECISION": "tf32x3"}
 GATHER = {"COLUMNS": triton_gather.COLUMNS, "AHEAD": triton_gather.AHEAD}
 PIECES = {"PIECE": triton_gather.PIECE, **GATHER}
 BITS = {"SHIFT": 20, "BITS": 11}
+LISTS, STRIP = {"ROOM": 256, "SHORTENED": 16}, {"STRIP": triton_collect.STRIP}
 KERNELS = [
-    (triton_gather._bag_kernel, GATHER, 1, 3),
-    (triton_gather._piece_kernel, PIECES, 1, 3),
-    (triton_gather._feature_kernel, PIECES, 1, 3),
-    (triton_gather._dots_kernel, {"SLOTS": 16, "COLUMNS": triton_gather.COLUMNS}, 4, 3),
-    (triton_topk._topk_kernel, {"ROOM": 256, "SHORTENED": triton_topk.SHORTENED, **TILE}, 8, 3),
-    (triton_topk._merge_kernel, {"SCALED": True, "STRIPS": 4, "ROOM": 256, "MERGED": 1}, 4, 3),
-    (triton_collect._collect_kernel, {"PER_FEATURE": True, "STRIP": triton_collect.STRIP, **TILE}, 8, 3),
-    (triton_collect._histogram_kernel, {**BITS, "STRIP": triton_collect.STRIP, **TILE}, 8, 3),
-    (triton_collect._refine_kernel, BITS, 4, 3),
+    (triton_gather._bag_kernel, HALF, GATHER, 1),
+    (triton_gather._bag_kernel, FULL, GATHER, 1),
+    (triton_gather._piece_kernel, FULL, PIECES, 1),
+    (triton_gather._feature_kernel, FULL, PIECES, 1),
+    (triton_gather._dots_kernel, FULL, {"SLOTS": 16, "COLUMNS": triton_gather.COLUMNS}, 4),
+    (triton_topk._topk_kernel, HALF, LISTS | TILE, 8),
+    (triton_topk._topk_kernel, FULL, LISTS | EXACT, 8),
+    (triton_topk._merge_kernel, FULL, {"SCALED": True, "STRIPS": 4, "ROOM": 256, "MERGED": 1}, 4),
+    (triton_collect._collect_kernel, HALF, {"PER_FEATURE": True, **STRIP, **TILE}, 8),
+    (triton_collect._collect_kernel, FULL, {"PER_FEATURE": False, **STRIP, **EXACT}, 8),
+    (triton_collect._histogram_kernel, HALF, {**BITS, **STRIP, **TILE}, 8),
+    (triton_collect._refine_kernel, HALF, BITS, 4),
 ]
 
 
-def spilled(kernel, constants: dict, num_warps: int, num_stages: int) -> int:
+def spilled(kernel, numbers: str, constants: dict, num_warps: int) -> int:
     """Bytes that a thread stores because it has no more registers, as the assembler says."""
     names = kernel.arg_names
-    types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    known = TYPES | dict.fromkeys(("x", "W", "table", "rows", "out"), numbers)
+    types = {name: "constexpr" if name in constants else known.get(name, "i32") for name in names}
     # What Triton finds out by itself at a launch: addresses and widths are multiples of 16.
     aligned = [
         name for name in names if types[name].startswith("*") or name in ("d", "stride", "out_stride", "row_stride")
@@ -58,7 +63,7 @@ def spilled(kernel, constants: dict, num_warps: int, num_stages: int) -> int:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": 3}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert made.metadata.shared <= 227 * 1024, f"{kernel.__name__} takes {made.metadata.shared} bytes of shared memory"
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -71,5 +76,5 @@ def spilled(kernel, constants: dict, num_warps: int, num_stages: int) -> int:
 
 
 if __name__ == "__main__":
-    for kernel, *how in KERNELS:
-        print(kernel.__name__, spilled(kernel, *how), flush=True)
+    for kernel, numbers, *how in KERNELS:
+        print(kernel.__name__, numbers, spilled(kernel, numbers, *how), flush=True)

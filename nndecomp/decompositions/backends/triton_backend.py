@@ -11,15 +11,17 @@ been measured. What there is to tune stands in capitals at the top of each file.
 """
 
 from nndecomp.decompositions.backends.triton_gather import add_bags, by_feature, dots, feature_sums
-from nndecomp.decompositions.backends.triton_threshold import above, batchtopk
+from nndecomp.decompositions.backends.triton_threshold import BatchTopK, above
 from nndecomp.decompositions.backends.triton_topk import topk
 
 
 class Triton:
     name = "triton"
 
+    def __init__(self) -> None:
+        self.batchtopk = BatchTopK()
+
     topk = staticmethod(topk)
-    batchtopk = staticmethod(batchtopk)
     above = staticmethod(above)
     by_feature = staticmethod(by_feature)
     add_bags = staticmethod(add_bags)

@@ -20,7 +20,7 @@ from nndecomp.decompositions.backends.triton_launch import INTERPRETED, kernel, 
 from nndecomp.decompositions.backends.triton_scores import halves, pre_activations, scaled
 
 # Tuning, as in `triton_topk`; and the tiles of a strip.
-ROWS, FEATURES, DEPTH, WARPS, STAGES = (16, 16, 16, 4, 1) if INTERPRETED else (128, 128, 64, 8, 3)
+ROWS, FEATURES, DEPTH, WARPS, STAGES = (16, 16, 64, 4, 1) if INTERPRETED else (128, 128, 128, 8, 3)
 STRIP = 16
 
 
@@ -134,8 +134,8 @@ class Scorer:
     def of(of: Affine, base: int = 0) -> "Scorer":
         x, W, precision = operands(of)
         (n_tokens, d), n_features = x.shape, len(W)
-        tuning = {"SCALED": of.c is not None, "STRIP": STRIP, "ROWS": ROWS, "FEATURES": FEATURES, "DEPTH": DEPTH}
-        tuning |= {"PRECISION": precision, "num_warps": WARPS, "num_stages": STAGES}
+        tuning = {"SCALED": of.c is not None, "STRIP": STRIP, "ROWS": ROWS, "FEATURES": FEATURES}
+        tuning |= {"DEPTH": DEPTH // x.element_size(), "PRECISION": precision, "num_warps": WARPS, "num_stages": STAGES}
         b = of.b.contiguous()
         arguments = (x, W, b, b if of.c is None else of.c.contiguous(), n_tokens, n_features, d)
         grid = (n_blocks(n_tokens, ROWS), n_blocks(n_features, STRIP * FEATURES))

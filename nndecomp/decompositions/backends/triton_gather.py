@@ -156,7 +156,7 @@ def feature_sums(
 ) -> Float[Tensor, "feature d"]:
     rows, weights, d = _rows(rows), weights.contiguous(), rows.shape[1]
     order, bounds = support.by_feature(by_feature)
-    out = rows.new_empty(support.n_features, d)
+    out = weights.new_empty(support.n_features, d)
     if not out.numel():
         return out
     # ends[f]: pieces of the features up to f, the first one of each left out. There are never more than slots // piece.

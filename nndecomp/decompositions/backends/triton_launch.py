@@ -29,13 +29,14 @@ _PRECISION = {"highest": "tf32x3", "high": "tf32", "medium": "ieee"}
 def operands(of: Affine) -> tuple[Tensor, Tensor, str]:
     """x and W as the tensor cores take them, rows side by side, and Triton's name of the precision of their product."""
     x, W, device = of.x, of.W, of.x.device.type
-    assert x.dtype == W.dtype, f"x is {x.dtype} and W is {W.dtype}"
     wanted = torch.get_float32_matmul_precision()
     if torch.is_autocast_enabled(device):
         x, W = (each.to(torch.get_autocast_dtype(device)) for each in (x, W))
     elif x.dtype is torch.float32 and wanted == "medium":
         x, W = x.bfloat16(), W.bfloat16()
-    assert x.dtype in TYPES, f"Triton kernels here do not take {x.dtype}"
+    assert x.dtype == W.dtype and x.dtype in TYPES, (
+        f"x is {x.dtype} and W is {W.dtype}; Triton kernels here take {TYPES}"
+    )
     # The interpreter multiplies bfloat16 wrongly; products of two of them are exact in float32.
     if INTERPRETED:
         return x.float().contiguous(), W.float().contiguous(), "ieee"

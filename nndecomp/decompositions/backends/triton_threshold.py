@@ -1,9 +1,9 @@
 """Selection by a threshold: one a feature, or the one that leaves a number of slots in the whole batch.
 
-Of the whole batch, without reading anything back from the device: a sample of tokens gives a guess of the threshold, low
-by a margin, and what is above it is collected. If that is too few or too many, which the device knows, kernels that
+Of the whole batch, without reading anything back from the device: the threshold of the last batch, or a sample of tokens,
+gives a guess, low by a margin, and what is above it is collected. If that is too few or too many, which the device knows, kernels that
 otherwise return at once find the exact threshold and collect again. Then the best of the collected are taken: exact for
-any input, and at the cost of one matrix product where the sample was representative.
+any input, and at the cost of one matrix product where the guess was good.
 """
 
 import math
@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nndecomp.decompositions.backends.interface import Affine
 from nndecomp.decompositions.backends.triton_collect import Found, Scorer, score_of_rank
 from nndecomp.decompositions.support import Selected, Support, split_slots
 
-# Tuning. Tokens of the sample; by how much more than the wanted entries the guess lets through, and the list has room for.
-SAMPLE, MARGIN, CAPACITY = 128, 1.3, 2.0
+# Tuning. Tokens of the sample; by how much more than the wanted entries its guess lets through, and the list has room for;
+# the share of the last threshold that is the next guess.
+SAMPLE, MARGIN, CAPACITY, CAUTION = 128, 1.3, 2.0, 0.9
 # Entries a token that the list of a threshold has room for at first.
 FIRST_ROOM = 128
 
@@ -37,15 +39,33 @@ def above(of: Affine, threshold: Float[Tensor, "feature"], room: int | None = No
         if n_found <= room:
             break
         room = n_found
-    places, order = found.places[:n_found].sort()
+    places, order = _in_order(found.places[:n_found], n_tokens * n_features)
     support = Support.of(places // n_features, places % n_features, n_tokens, n_features)
     return Selected(support, found.z[:n_found][order].to(of.W.dtype))
 
 
-def batchtopk(of: Sequence[Affine], n_slots: int, guess: Float[Tensor, "1"] | None = None) -> list[Selected]:
-    """Of one group always n_slots slots, so that sizes are known without asking the device: slots left over have value 0
+class BatchTopK:
+    """Remembers where the threshold of an encoder's last batch was: it saves work and changes nothing."""
+
+    def __init__(self) -> None:
+        self._last: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __call__(self, of: Sequence[Affine], n_slots: int) -> list[Selected]:
+        last = self._last.get(of[0].W)
+        selected, threshold = batchtopk(of, n_slots, None if last is None else CAUTION * last)
+        self._last[of[0].W] = threshold
+        return selected
+
+
+def batchtopk(
+    of: Sequence[Affine], n_slots: int, guess: Float[Tensor, "1"] | None = None
+) -> tuple[list[Selected], Float[Tensor, "1"]]:
+    """The smallest score that was selected comes second.
+
+    Of one group always n_slots slots, so that sizes are known without asking the device: slots left over have value 0
     and stand at the first feature of the first token, which may have a slot of its own as well. Of several groups each has
-    the slots that it won, a number that is read back."""
+    the slots that it won, a number that is read back.
+    """
     n_tokens, widths, device = len(of[0].x), [len(each.W) for each in of], of[0].x.device
     width = sum(widths)
     n_slots = min(n_slots, n_tokens * width)
@@ -56,15 +76,16 @@ def batchtopk(of: Sequence[Affine], n_slots: int, guess: Float[Tensor, "1"] | No
         c = [torch.ones(len(each.W), device=device) if each.c is None else each.c.float() for each in of]
         scores = found.z * torch.cat(c)[found.places % width]
     best = scores.topk(n_slots, sorted=False)
-    places, order = torch.where(best.values > 0, found.places[best.indices], 0).sort()
+    threshold = best.values.amin()[None]
+    places, order = _in_order(torch.where(best.values > 0, found.places[best.indices], 0), n_tokens * width)
     values = torch.where(best.values > 0, found.z[best.indices], 0)[order].to(of[0].W.dtype)
     tokens, indices = places // width, places % width
     if len(of) == 1:
-        return [Selected(Support.of(tokens, indices, n_tokens, width), values)]
+        return [Selected(Support.of(tokens, indices, n_tokens, width), values)], threshold
     parts = []
     for (own, features), n_features in zip(split_slots(indices, widths), widths, strict=True):
         parts.append(Selected(Support.of(tokens[own], features, n_tokens, n_features), values[own]))
-    return parts
+    return parts, threshold
 
 
 def _candidates(scorers: Sequence[Scorer], n_slots: int, width: int, guess: Float[Tensor, "1"]) -> Found:
@@ -85,6 +106,13 @@ def _candidates(scorers: Sequence[Scorer], n_slots: int, width: int, guess: Floa
     for scorer in scorers:  # as many of those equal to the threshold as there is room for
         scorer.collect(found, below, exact, again * (exact > 0))
     return found
+
+
+def _in_order(places: Int[Tensor, "entry"], end: int) -> tuple[Int[Tensor, "entry"], Int[Tensor, "entry"]]:
+    """Places below `end`, token by token, and where each stood: sorted over no more bytes than they have."""
+    narrow = places.int() if end <= torch.iinfo(torch.int32).max else places
+    in_order, order = narrow.sort(stable=True)
+    return in_order.long(), order
 
 
 def _guess(of: Sequence[Affine], n_slots: int) -> Float[Tensor, "1"]:

@@ -27,11 +27,11 @@ from nndecomp.decompositions.backends.triton_launch import (
 from nndecomp.decompositions.backends.triton_scores import halves, largest, pre_activations, rank_key, scaled
 from nndecomp.decompositions.support import Selected, Support
 
-# Tuning. A tile: tokens, features, and columns of x and W per step; warps and pipelined steps. `SHORTENED` lists are
-# shortened at a time. A list has room for `SPARE` tiles beside its k best. Programs a multiprocessor. Tokens whose lists a
-# program merges.
-ROWS, FEATURES, DEPTH, WARPS, STAGES = (16, 16, 16, 4, 1) if INTERPRETED else (128, 128, 64, 8, 3)
-SHORTENED, SPARE, PROGRAMS = 16, 1, 2
+# Tuning. A tile: tokens, features, and bytes of a row of x or W per step; warps and pipelined steps. A list has room for
+# `SPARE` tiles beside its k best. Programs a multiprocessor. Entries of lists that a program shortens or merges at a time.
+ROWS, FEATURES, DEPTH, WARPS, STAGES = (16, 16, 64, 4, 1) if INTERPRETED else (128, 128, 128, 8, 3)
+SPARE, PROGRAMS, ENTRIES = 1, 2, 4096
+# Tokens that a program merges: as many as there are where programs run one after the other.
 MERGED = 16 if INTERPRETED else 1
 
 
@@ -137,10 +137,11 @@ def _merge_kernel(
     tl.store(value_out + to, z, mask=taken)
 
 
-def _strips(n_tokens: int, n_features: int, device: torch.device) -> int:
-    """Strips of features, a power of two, that give every multiprocessor its programs; none shorter than four tiles."""
-    wanted = PROGRAMS * processors(device) // n_blocks(n_tokens, ROWS)
-    most = min(wanted, n_features // (4 * FEATURES), 16)
+def _strips(n_tokens: int, n_features: int, room: int, device: torch.device) -> int:
+    """Strips of features, a power of two, that give every multiprocessor its programs; none shorter than four tiles, and
+    their lists merged at once."""
+    wanted = PROGRAMS * processors(device) // max(n_blocks(n_tokens, ROWS), 1)
+    most = min(wanted, n_features // (4 * FEATURES), ENTRIES // room)
     return power_of_two(most + 1) // 2 if most > 1 else 1
 
 
@@ -148,8 +149,8 @@ def topk(of: Affine, k: int, n_strips: int | None = None) -> Selected:
     """Of equal entries those with the lowest features. Slots of a token are in the order of their features."""
     (n_tokens, d), n_features, device = of.x.shape, len(of.W), of.x.device
     assert 0 < k <= n_features, f"k={k} of {n_features} features"
-    n_strips = _strips(n_tokens, n_features, device) if n_strips is None else n_strips
     room = power_of_two(k + SPARE * FEATURES)
+    n_strips = _strips(n_tokens, n_features, room, device) if n_strips is None else n_strips
     indices = torch.empty(n_tokens * k, device=device, dtype=torch.int64)
     values = torch.empty(n_tokens * k, device=device, dtype=of.W.dtype)
     if n_tokens:
@@ -161,8 +162,14 @@ def topk(of: Affine, k: int, n_strips: int | None = None) -> Selected:
         _topk_kernel[(n_blocks(n_tokens, ROWS), n_strips)](
             *(z_lists, feature_lists, counts, torch.empty_like(counts), x, W, of.b.contiguous(), c),
             *(n_tokens, n_features, d, k, n_blocks(n_features, n_strips)),
-            **{"SCALED": of.c is not None, "ROOM": room, "SHORTENED": min(SHORTENED, ROWS), "ROWS": ROWS},
-            **{"FEATURES": FEATURES, "DEPTH": DEPTH, "PRECISION": precision, "num_warps": WARPS, "num_stages": STAGES},
+            **{"SCALED": of.c is not None, "ROOM": room, "SHORTENED": min(max(ENTRIES // room, 1), ROWS), "ROWS": ROWS},
+            **{
+                "FEATURES": FEATURES,
+                "DEPTH": DEPTH // x.element_size(),
+                "PRECISION": precision,
+                "num_warps": WARPS,
+                "num_stages": STAGES,
+            },
         )
         _merge_kernel[(n_blocks(n_tokens, MERGED),)](
             *(indices, values, z_lists, feature_lists, counts, c, n_tokens, k),
