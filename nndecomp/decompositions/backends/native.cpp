@@ -99,6 +99,36 @@ void candidates_add(void* handle, const float* pre, long n, long first, const fl
   }
 }
 
+// The rows that have fewer than k entries, because their threshold was too high. rows [n_rows].
+long candidates_short(void* handle, int64_t* rows) {
+  const auto& found = *static_cast<Candidates*>(handle);
+  long n = 0;
+  for (long r = 0; r < long(found.rows.size()); ++r)
+    if (long(found.rows[r].entries.size()) < found.k) rows[n++] = r;
+  return n;
+}
+
+// Puts the entries of `from` in the place of some rows.
+void candidates_replace(void* handle, void* from, const int64_t* rows) {
+  auto& found = *static_cast<Candidates*>(handle);
+  auto& others = *static_cast<Candidates*>(from);
+  for (long r = 0; r < long(others.rows.size()); ++r) std::swap(found.rows[rows[r]], others.rows[r]);
+}
+
+// After candidates_offsets: the smallest key of each row, of which all but this share of the rows have a larger one.
+float candidates_threshold(void* handle, float share) {
+  const auto& found = *static_cast<Candidates*>(handle);
+  std::vector<float> smallest;
+  for (const auto& row : found.rows) {
+    float least = std::numeric_limits<float>::infinity();
+    for (const auto& entry : row.entries) least = std::min(least, entry.key);
+    smallest.push_back(least);
+  }
+  const long rank = std::min(long(share * smallest.size()), long(smallest.size()) - 1);
+  std::nth_element(smallest.begin(), smallest.begin() + rank, smallest.end());
+  return smallest[rank];
+}
+
 long candidates_count(void* handle) {
   long n = 0;
   for (const auto& row : static_cast<Candidates*>(handle)->rows) n += long(row.entries.size());

@@ -39,8 +39,8 @@ FLAGS = (
 )
 # Numbers of one block of pre-activations: it stays in the cache between the product and the selection.
 BLOCK = 1 << 21
-# The threshold of a batch is guessed at this share of the last one's.
-_CAUTION = 0.9
+# Thresholds are guessed at this share of the last batch's; of tokens at what all but a few exceeded.
+_CAUTION, _SHORT = 0.9, 0.02
 
 
 @cache
@@ -92,7 +92,8 @@ def _compile(path: Path) -> str | None:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_library_path()))
     library.candidates_new.restype = ctypes.c_void_p
-    library.candidates_count.restype = ctypes.c_long
+    library.candidates_count.restype = library.candidates_short.restype = ctypes.c_long
+    library.candidates_threshold.restype = ctypes.c_float
     library.candidates_keep.restype = ctypes.c_float
     return library
 
@@ -137,6 +138,18 @@ class _Candidates:
                     *(_LONG(token), _LONG(len(x)), _threads()),
                 )
 
+    def short(self) -> Int[Tensor, "row"]:
+        """Tokens with fewer than k."""
+        rows = torch.empty(self.n_tokens, dtype=torch.int64)
+        return rows[: _library().candidates_short(self.handle, _pointer(rows))]
+
+    def replace(self, by: "_Candidates", rows: Int[Tensor, "row"]) -> None:
+        _library().candidates_replace(self.handle, by.handle, _pointer(rows))
+
+    def threshold(self) -> float:
+        """What most tokens' k-th key exceeds; once they have been selected."""
+        return _library().candidates_threshold(self.handle, _FLOAT(_SHORT))
+
     def __len__(self) -> int:
         return _library().candidates_count(self.handle)
 
@@ -176,14 +189,26 @@ class Native:
     name = "native"
 
     def __init__(self) -> None:
-        # The smallest key that the last batch kept, by encoder: where the next one's is looked for. It saves work and changes nothing.
+        # By encoder, k (0: of a batch) and the smallest key that the last batch kept: where the next one's is looked for. It saves work
+        # and changes nothing.
         self._last: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def topk(self, of: Affine, k: int) -> Selected:
+        """Every token's threshold starts where most tokens of the last batch had theirs; tokens for which that is too high are made again."""
         assert 0 < k <= len(of.W), f"k={k} of {len(of.W)} features"
-        with _candidates(len(of.x), k) as found:
-            found.add(_contiguous(of))
-            return found.selected(len(of.W))
+        of, key = _contiguous(of), of.W
+        guess = self._last.get(key, (k, -inf))
+        with _candidates(len(of.x), k, guess[1] if guess[0] == k else -inf) as found:
+            found.add(of)
+            short = found.short()
+            if len(short):
+                with _candidates(len(short), k) as again:
+                    again.add(Affine(of.x[short], of.W, of.b, of.c))
+                    found.replace(again, short)
+            selected = found.selected(len(of.W))
+            least = found.threshold()
+        self._last[key] = (k, least - (1 - _CAUTION) * abs(least))
+        return selected
 
     def batchtopk(self, of: Sequence[Affine], n_slots: int) -> list[Selected]:
         """The first threshold is guessed from the last batch, or from a few tokens; a guess that is too high is seen, and made again."""
@@ -191,8 +216,8 @@ class Native:
         widths = [len(each.W) for each in of]
         n_slots = min(n_slots, n_tokens * sum(widths))
         banks = list(map(_contiguous, of))
-        guess = self._last.get(key)
-        guess = max(0.0, _CAUTION * guess if guess is not None else _sampled(banks, n_slots))
+        per_token, guess = self._last.get(key, (1, 0.0))
+        guess = max(0.0, _sampled(banks, n_slots) if per_token else _CAUTION * guess)
         while True:
             with _candidates(n_tokens, 0, guess) as found:
                 for each, base in zip(banks, accumulate(widths, initial=0), strict=False):
@@ -200,7 +225,7 @@ class Native:
                 if len(found) < n_slots and guess > 0:
                     guess = guess / 2 if guess > 1e-6 else 0.0
                     continue
-                self._last[key] = found.keep(n_slots)
+                self._last[key] = (0, found.keep(n_slots))
                 together = found.selected(sum(widths))
                 break
         if len(of) == 1:
