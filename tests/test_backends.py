@@ -5,11 +5,11 @@ from itertools import product
 
 import pytest
 import torch
-from decomposition_parts import ARCHITECTURES, objective, planted
+from decomposition_parts import ACTIVATIONS, ARCHITECTURES, objective, planted
 from torch import Tensor
 
-from nndecomp.config.schema import Activation, BackendKind, Scope
-from nndecomp.decompositions import backends, kernels
+from nndecomp.config.schema import Activation, BackendKind, CodeNormalisation, JumpReluGradient, Penalty, Scope
+from nndecomp.decompositions import backends, encoding, kernels
 from nndecomp.decompositions.backends import native
 from nndecomp.decompositions.backends.interface import Affine, Backend
 from nndecomp.decompositions.backends.pure import Pure
@@ -167,6 +167,7 @@ def test_sums_and_dots_equal_dense_products(backend: Backend, d, columns):
 def gradients(backend: BackendKind, **settings) -> tuple[float, dict[str, Tensor]]:
     with backends.using(backend):
         made = objective(**settings)
+        made.start(planted(made.layout, 200))
         loss, _ = made.loss(planted(made.layout, 200), 0.0)
         loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
@@ -185,6 +186,43 @@ def test_native_losses_and_gradients_are_those_of_torch(architecture, scope, act
     for name, grad in grads.items():
         torch.testing.assert_close(
             native_grads[name], grad, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+L1 = {"penalty": Penalty.l1, "penalty_coefficient": 0.1, "penalty_normalisation": CodeNormalisation.sae}
+RELU, GATED = ({**ACTIVATIONS[name], **L1} for name in ("relu", "gated"))
+JUMP = {**ACTIVATIONS["jumprelu"], "penalty": Penalty.l0, "penalty_coefficient": 0.1}
+POINTWISE = {
+    "relu": RELU,
+    "tanh": {**RELU, "penalty": Penalty.tanh},
+    "gated": GATED,
+    "jumprelu": JUMP,
+    "jumprelu_target": {**JUMP, "penalty": Penalty.l0_target, "penalty_target": 1.0},
+    "jumprelu_rectangle": {**JUMP, "jumprelu_gradient": JumpReluGradient.rectangle, "jumprelu_log_threshold": True},
+    "jumprelu_scaled": {**JUMP, "code_normalisation": CodeNormalisation.sae},
+}
+
+
+@pytest.mark.parametrize(
+    "backend", [BackendKind.torch, pytest.param(BackendKind.native, marks=needs_native)], ids=lambda b: b.value
+)
+@pytest.mark.parametrize("settings", POINTWISE.values(), ids=POINTWISE)
+@pytest.mark.parametrize("architecture", ["sae", "per_layer_transcoder", "skip_cross_layer_transcoder"])
+def test_entries_that_neither_have_a_code_nor_teach_are_left_out_without_a_trace(
+    architecture, settings, backend, monkeypatch
+):
+    settings = ARCHITECTURES[architecture] | settings
+    monkeypatch.setattr(encoding, "_MANY", 10**9)
+    loss, grads = gradients(backend, **settings)
+    monkeypatch.setattr(encoding, "_MANY", 1)
+    monkeypatch.setattr(encoding, "_DENSE", 1.1)
+    monkeypatch.setattr(encoding, "_SAMPLE", 1)
+    sparse_loss, sparse_grads = gradients(backend, **settings)
+    assert sparse_loss == pytest.approx(loss, rel=1e-5)
+    assert sparse_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(
+            sparse_grads[name], grad, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 

@@ -149,9 +149,9 @@ def test_an_encoding_carries_the_gates_that_losses_learn_from():
     made = settled(**(SAE | ACTIVATIONS["gated"]))
     encoding = made.encoding(inputs(made))
     assert encoding.gates is not None and encoding.pres is not None
-    assert torch.equal(encoding.gates[0], encoding.pres[0].relu())
-    assert torch.equal(encoding.codes[0].dense() > 0, (encoding.gates[0] > 0) & (encoding.codes[0].dense() > 0))
-    encoding.gates[0].sum().backward()
+    assert torch.equal(encoding.gates[0].values, encoding.pres[0].values.relu())
+    assert torch.equal(encoding.codes[0].dense() > 0, (encoding.gates[0].values > 0) & (encoding.codes[0].dense() > 0))
+    encoding.gates[0].values.sum().backward()
     assert made.banks[0].b_enc.grad is not None and made.banks[0].b_enc.grad.abs().sum() > 0
 
 
@@ -221,7 +221,7 @@ def test_decoupled_features_may_be_active_at_one_site_and_not_at_another():
 def test_decoupled_groups_compute_their_pre_activations_once():
     made = settled(**ARCHITECTURES["decoupled_crosscoder"], **ACTIVATIONS["relu"])
     encoding = made.encoding(inputs(made))
-    assert encoding.pres is not None and all(pre is encoding.pres[0] for pre in encoding.pres)
+    assert encoding.pres is not None and all(pre.values is encoding.pres[0].values for pre in encoding.pres)
     assert len([name for name, _ in made.named_parameters() if "W_enc" in name]) == 1
 
 

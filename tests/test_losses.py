@@ -136,7 +136,7 @@ def test_signed_codes_are_penalised_by_their_size():
 
 
 def test_an_l0_target_is_of_each_group():
-    active = [torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[1.0, 0.0, 0.0]])]
+    active = [DenseCodes(torch.tensor([[1.0, 1.0, 1.0]])), DenseCodes(torch.tensor([[1.0, 0.0, 0.0]]))]
     assert float(penalties.l0_target(active, 2.0)) == pytest.approx((3 / 2 - 1) ** 2 + (1 / 2 - 1) ** 2)
 
 
@@ -241,7 +241,7 @@ def test_the_pre_activation_loss_draws_pre_activations_up_to_their_threshold():
     rows = planted(made.layout, 50)
     _, metrics = made.loss(rows, 0.5)
     (pre,), (bank,) = made._step.encoding.pres, made.dictionary.banks
-    pre = pre.detach()
+    pre = pre.values.detach()
     slow = 0.0
     for token, feature in itertools.product(range(50), range(F)):
         slow += max(0.0, 0.5 - float(pre[token, feature])) * float(bank.W_dec[feature].detach().norm())
@@ -402,6 +402,7 @@ def test_thresholds_of_a_normalised_code_are_met_by_z_c():
     rows = planted(made.layout, 50)
     _, metrics = made.loss(rows, 0.5)
     (pre,), (bank,) = made._step.encoding.pres, made.dictionary.banks
+    pre = pre.values
     short = (0.5 - pre * bank.W_dec.norm(dim=1)).relu().sum() / 50
     torch.testing.assert_close(metrics["loss/pre_activation"], short.detach())
     codes = made._step.encoding.codes[0].dense()

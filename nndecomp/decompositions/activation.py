@@ -12,7 +12,7 @@ def make_activation(whole: DictionarySpec) -> ActivationFunction:
     spec, n_features = whole.activation, [group.n_features for group in whole.groups]
     match spec.kind:
         case Activation.relu:
-            return Relu()
+            return Relu(n_features)
         case Activation.gated:
             return Gated(n_features)
         case Activation.topk:

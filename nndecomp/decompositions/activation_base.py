@@ -8,7 +8,7 @@ codes are never multiplied by it.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nndecomp.decompositions.backends.interface import Affine
@@ -34,8 +34,12 @@ class ActivationFunction(nn.Module):
         return self
 
     def when_active(
-        self, pre: Float[Tensor, "token feature"], group: int, b_enc: Float[Tensor, "feature"]
-    ) -> Float[Tensor, "token feature"]:
+        self,
+        pre: Float[Tensor, "*entry"],
+        group: int,
+        b_enc: Float[Tensor, "feature"],
+        at: Int[Tensor, "slot"] | None = None,
+    ) -> Float[Tensor, "*entry"]:
         """v(z): what the code of each feature is where it is active. `b_enc` is the bias that `pre` holds."""
         return pre
 
@@ -73,12 +77,26 @@ class Ranking(Selecting, ABC):
 
 
 class Pointwise(ActivationFunction, ABC):
+    """Maps entries one by one: all of them, [token, feature], or only some, [slot], with `at` the feature of each."""
+
+    scaled = False  # whether it compares z c, rather than z
+
     @abstractmethod
     def forward(
         self,
-        pre: Float[Tensor, "token feature"],
+        pre: Float[Tensor, "*entry"],
         group: int,
         c: Float[Tensor, "feature"] | None,
         b_enc: Float[Tensor, "feature"],
-    ) -> Float[Tensor, "token feature"]:
+        at: Int[Tensor, "slot"] | None = None,
+    ) -> Float[Tensor, "*entry"]:
         """Codes. `c` as above, null: 1. `b_enc` is the bias that `pre` holds."""
+
+    @abstractmethod
+    def floor(self, group: int, learns: bool) -> Float[Tensor, "feature"] | None:
+        """What an entry must exceed to have a code or, if it `learns`, to teach anything; null: any entry may."""
+
+    @staticmethod
+    def at(of_features: Float[Tensor, "feature"], at: Int[Tensor, "slot"] | None) -> Float[Tensor, "_"]:
+        """Of the features that entries belong to."""
+        return of_features if at is None else of_features.index_select(0, at)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nndecomp.config.schema import JumpReluGradient
@@ -16,13 +16,21 @@ from nndecomp.decompositions.codes import Codes, Scales
 class Relu(Pointwise):
     """max(0, z)."""
 
+    def __init__(self, n_features: Sequence[int]) -> None:
+        super().__init__()
+        self.n_features = list(n_features)
+
+    def floor(self, group: int, learns: bool) -> Float[Tensor, "feature"] | None:
+        return torch.zeros(self.n_features[group])
+
     def forward(
         self,
-        pre: Float[Tensor, "token feature"],
+        pre: Float[Tensor, "*entry"],
         group: int,
         c: Float[Tensor, "feature"] | None,
         b_enc: Float[Tensor, "feature"],
-    ) -> Float[Tensor, "token feature"]:
+        at: Int[Tensor, "slot"] | None = None,
+    ) -> Float[Tensor, "*entry"]:
         return pre.relu()
 
 
@@ -42,19 +50,27 @@ class Gated(Pointwise):
 
     def forward(
         self,
-        pre: Float[Tensor, "token feature"],
+        pre: Float[Tensor, "*entry"],
         group: int,
         c: Float[Tensor, "feature"] | None,
         b_enc: Float[Tensor, "feature"],
-    ) -> Float[Tensor, "token feature"]:
-        return self.when_active(pre, group, b_enc).relu() * (pre > 0)
+        at: Int[Tensor, "slot"] | None = None,
+    ) -> Float[Tensor, "*entry"]:
+        return self.when_active(pre, group, b_enc, at).relu() * (pre > 0)
+
+    def floor(self, group: int, learns: bool) -> Float[Tensor, "feature"] | None:
+        return torch.zeros_like(self.r[group])
 
     def when_active(
-        self, pre: Float[Tensor, "token feature"], group: int, b_enc: Float[Tensor, "feature"]
-    ) -> Float[Tensor, "token feature"]:
-        return self.r[group].exp() * (pre - b_enc) + self.b_mag[group]
+        self,
+        pre: Float[Tensor, "*entry"],
+        group: int,
+        b_enc: Float[Tensor, "feature"],
+        at: Int[Tensor, "slot"] | None = None,
+    ) -> Float[Tensor, "*entry"]:
+        return self.at(self.r[group].exp(), at) * (pre - self.at(b_enc, at)) + self.at(self.b_mag[group], at)
 
-    def gate(self, pre: Float[Tensor, "token feature"]) -> Float[Tensor, "token feature"]:
+    def gate(self, pre: Float[Tensor, "*entry"]) -> Float[Tensor, "*entry"]:
         """What the gate's losses see."""
         return pre.relu()
 
@@ -99,7 +115,8 @@ class _JumpRelu(torch.autograd.Function):
                 through = (z > 0).to(z.dtype)
         # The height of the jump is z where z c = theta; a feature without decoder (c = 0) has none.
         height = threshold if c is None else torch.where(c > 0, threshold / c, 0)
-        return grad * through, -(height / ctx.bandwidth) * (at_jump * grad).sum(0), None, None, None
+        of_theta = (-(height / ctx.bandwidth) * at_jump * grad).sum_to_size(threshold.shape)
+        return grad * through, of_theta, None, None, None
 
 
 class _Active(torch.autograd.Function):
@@ -114,7 +131,7 @@ class _Active(torch.autograd.Function):
         (grad,) = grads
         z, threshold, c = ctx.saved_tensors
         at_jump = _in_window(z, threshold, c, ctx.bandwidth)
-        return None, -(at_jump * grad).sum(0) / ctx.bandwidth, None, None
+        return None, (-at_jump * grad).sum_to_size(threshold.shape) / ctx.bandwidth, None, None
 
 
 class JumpRelu(Pointwise):
@@ -128,6 +145,8 @@ class JumpRelu(Pointwise):
     Both are functions of the pre-activation, never of the code: a code is 0 below theta, which would hide half the
     window, and take every inactive entry into it where theta < eps/2. What reaches z: see `JumpReluGradient`.
     """
+
+    scaled = True
 
     def __init__(
         self,
@@ -165,21 +184,35 @@ class JumpRelu(Pointwise):
 
     def forward(
         self,
-        pre: Float[Tensor, "token feature"],
+        pre: Float[Tensor, "*entry"],
         group: int,
         c: Float[Tensor, "feature"] | None,
         b_enc: Float[Tensor, "feature"],
-    ) -> Float[Tensor, "token feature"]:
-        theta = self.theta(group)
-        z = pre.to(torch.promote_types(pre.dtype, theta.dtype))
-        return _JumpRelu.apply(z, theta, c, self.bandwidth, self.gradient)
+        at: Int[Tensor, "slot"] | None = None,
+    ) -> Float[Tensor, "*entry"]:
+        return _JumpRelu.apply(*self._compared(pre, group, c, at), self.bandwidth, self.gradient)
 
     def active(
-        self, pre: Float[Tensor, "token feature"], group: int, c: Float[Tensor, "feature"] | None
-    ) -> Float[Tensor, "token feature"]:
+        self,
+        pre: Float[Tensor, "*entry"],
+        group: int,
+        c: Float[Tensor, "feature"] | None,
+        at: Int[Tensor, "slot"] | None = None,
+    ) -> Float[Tensor, "*entry"]:
         """1[z c > theta], its gradient with respect to theta estimated as above."""
-        theta = self.theta(group)
-        return _Active.apply(pre.to(torch.promote_types(pre.dtype, theta.dtype)), theta, c, self.bandwidth)
+        return _Active.apply(*self._compared(pre, group, c, at), self.bandwidth)
+
+    def _compared(
+        self, pre: Tensor, group: int, c: Tensor | None, at: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        theta = self.at(self.theta(group), at)
+        return pre.to(torch.promote_types(pre.dtype, theta.dtype)), theta, None if c is None else self.at(c, at)
+
+    def floor(self, group: int, learns: bool) -> Float[Tensor, "feature"] | None:
+        """The lower end of the window in which thresholds learn. The straight-through kind teaches all that is positive."""
+        if self.gradient is JumpReluGradient.positive:
+            return None
+        return self.theta(group) - (self.bandwidth / 2 if learns else 0.0)
 
     @torch.no_grad()
     def after_step(self, codes: Codes, scales: Scales) -> None:

@@ -5,8 +5,8 @@ selection produces; `DenseCodes` is the full matrix, for activation functions wh
 whose value is 0 is not active. Gradients flow into the values.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -118,6 +118,15 @@ class DenseCodes:
 GroupCodes = SparseCodes | DenseCodes
 
 
+def like(codes: GroupCodes, made: Callable[[Tensor, Tensor | None], Tensor]) -> GroupCodes:
+    """Of values and, where they are not all there are, the features that they belong to."""
+    match codes:
+        case SparseCodes():
+            return replace(codes, values=made(codes.values, codes.indices))
+        case DenseCodes():
+            return DenseCodes(made(codes.values, None))
+
+
 def _sizes(codes: GroupCodes) -> str:
     """How many tokens and features, and how many of these are active on a token."""
     return f"{codes.n_tokens} tokens, {codes.n_features} features, {_mean(codes.counts())} active a token"
@@ -194,5 +203,6 @@ class Encoding:
 
     codes: Codes
     scales: Scales  # as selection and thresholds saw them
-    pres: tuple[Float[Tensor, "token _"], ...] | None  # of each group, dense; null where an activation function selects
-    gates: tuple[Float[Tensor, "token _"], ...] | None = None  # gated: max(0, pi_gate) of each group
+    # Of each group: of all entries, or of those that have a code or teach anything; null where an activation function selects.
+    pres: tuple[GroupCodes, ...] | None
+    gates: tuple[GroupCodes, ...] | None = None  # gated: max(0, pi_gate) of each group

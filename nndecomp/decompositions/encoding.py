@@ -1,22 +1,27 @@
 """From what groups read to their codes, for each family of activation functions."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nndecomp.decompositions import kernels, pursuit
+from nndecomp.decompositions import backends, kernels, pursuit
 from nndecomp.decompositions.activation_base import ActivationFunction, Pointwise, Ranking
 from nndecomp.decompositions.activation_pointwise import Gated
 from nndecomp.decompositions.backends.interface import Affine
-from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding, Scales, SparseCodes
+from nndecomp.decompositions.backends.pure import pre_and_score
+from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding, GroupCodes, Scales, SparseCodes, like
 from nndecomp.decompositions.encoders import LinearEncoder
 from nndecomp.decompositions.group import Group
 from nndecomp.decompositions.pursuit import MatchingPursuit
 from nndecomp.decompositions.support import Selected, Support, split_slots
 
+# Entries are listed where less than this share of them counts: beyond, dense products cost less. It is looked up on _SAMPLE tokens or
+# a few more, of batches of at least _MANY.
+_DENSE, _SAMPLE, _MANY = 0.05, 32, 256
 Inputs = Sequence[Float[Tensor, "token _"]]
 Made = TypeVar("Made")
 
@@ -28,11 +33,15 @@ def encode(
     groups: Sequence[int],
     scales: Scales,
     together: Sequence[Sequence[int]],
+    whole: bool,
 ) -> Encoding:
-    """Of `banks`, which are the groups of these numbers. `together`: which of them, by number, pursue jointly."""
+    """Of `banks`, which are the groups of these numbers. `together`: which of them, by number, pursue jointly. `whole`: see
+    `SparseDictionary.encoding`."""
     match activation:
         case Pointwise():
-            return _pointwise(activation, banks, inputs, groups, scales)
+            learns = torch.is_grad_enabled()
+            near = None if whole else _near(activation, banks, inputs, groups, scales, learns)
+            return _pointwise(activation, banks, inputs, groups, scales, near)
         case Ranking():
             return Encoding(_ranked(activation, banks, inputs, groups, scales), scales, None)
         case MatchingPursuit():
@@ -51,13 +60,63 @@ def _by_encoder(banks: Sequence[Group], inputs: Inputs, made: Callable[[Group, T
 
 
 def _pointwise(
-    activation: Pointwise, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
+    activation: Pointwise,
+    banks: Sequence[Group],
+    inputs: Inputs,
+    groups: Sequence[int],
+    scales: Scales,
+    near: list[Selected] | None,
 ) -> Encoding:
-    pres = tuple(_by_encoder(banks, inputs, lambda bank, x: bank.pre_activations(x)))
+    """Of the entries that are `near`, or of all."""
+    pres: list[GroupCodes]
+    if near is None:
+        pres = [DenseCodes(pre) for pre in _by_encoder(banks, inputs, lambda bank, x: bank.pre_activations(x))]
+    else:
+        pres = [_active(bank, x, own) for bank, x, own in zip(banks, inputs, near, strict=True)]
     each = zip(pres, groups, scales, banks, strict=True)
-    codes = Codes(tuple(DenseCodes(activation(pre, g, c, bank.b_enc)) for pre, g, c, bank in each))
-    gates = tuple(map(activation.gate, pres)) if isinstance(activation, Gated) else None
-    return Encoding(codes, scales, pres, gates)
+    codes = [like(pre, lambda z, at, g=g, c=c, b=bank.b_enc: activation(z, g, c, b, at)) for pre, g, c, bank in each]
+    gates = None
+    if isinstance(activation, Gated):
+        gate = activation.gate
+        gates = tuple(like(pre, lambda z, _: gate(z)) for pre in pres)
+    return Encoding(Codes(tuple(codes)), scales, tuple(pres), gates)
+
+
+@torch.no_grad()
+def _near(
+    activation: Pointwise,
+    banks: Sequence[Group],
+    inputs: Inputs,
+    groups: Sequence[int],
+    scales: Scales,
+    learns: bool,
+) -> list[Selected] | None:
+    """The entries that have a code or teach anything, where they are few: then the rest need not be computed with. Null where it
+    is not so, which some of the tokens tell: a function of the batch alone, so that a resumed run decides alike. On a GPU their
+    number would have to be asked for, and the whole matrix is cheap."""
+    if len(inputs[0]) < _MANY or inputs[0].device.type != "cpu" or not _apart(banks):
+        return None
+    found = []
+    for bank, x, g, c in zip(banks, inputs, groups, scales, strict=True):
+        floor = activation.floor(g, learns)
+        if floor is None:
+            return None
+        of = Affine(x, bank.W_enc, bank.b_enc, c if activation.scaled else None)
+        some = pre_and_score(replace(of, x=x[:: len(x) // _SAMPLE]))[1] > floor
+        if float(some.float().mean()) > _DENSE:
+            return None
+        found.append((of, floor))
+    return [backends.of(of.W).above(of, floor.to(of.W)) for of, floor in found]
+
+
+def _apart(banks: Sequence[Group]) -> bool:
+    """Whether every group has an affine encoder of its own."""
+    encoders = [bank.linear_encoder for bank in banks]
+    return len(set(map(id, encoders))) == len(banks) and all(type(encoder) is LinearEncoder for encoder in encoders)
+
+
+def _active(bank: Group, x: Float[Tensor, "token d_read"], own: Selected) -> SparseCodes:
+    return SparseCodes(kernels.active_pre(x, bank.W_enc, bank.b_enc, own), own.support)
 
 
 def _ranked(
@@ -65,9 +124,8 @@ def _ranked(
 ) -> Codes:
     found = _selected(activation, banks, inputs, groups, scales)
     if found is not None:
-        each = zip(banks, inputs, found, strict=True)
-        values = [kernels.active_pre(x, bank.W_enc, bank.b_enc, own) for bank, x, own in each]
-        return Codes(tuple(SparseCodes(z.relu(), own.support) for z, own in zip(values, found, strict=True)))
+        codes = [_active(bank, x, own) for bank, x, own in zip(banks, inputs, found, strict=True)]
+        return Codes(tuple(replace(own, values=own.values.relu()) for own in codes))
     with torch.no_grad():
         affine = _by_encoder(banks, inputs, lambda bank, x: bank.linear_encoder.affine(x))
         pres = [bank.linear_encoder.combine(*maps) for bank, maps in zip(banks, affine, strict=True)]
@@ -86,11 +144,10 @@ def _selected(
     activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
 ) -> list[Selected] | None:
     """What is active, where every group has an affine encoder of its own and selection needs no matrix of pre-activations."""
-    encoders = [bank.linear_encoder for bank in banks]
-    if len(set(map(id, encoders))) < len(banks) or any(type(encoder) is not LinearEncoder for encoder in encoders):
+    if not _apart(banks):
         return None
-    each = zip(inputs, encoders, scales, strict=True)
-    return activation.select([Affine(x, encoder.W_enc, encoder.b_enc, c) for x, encoder, c in each], groups)
+    each = zip(inputs, banks, scales, strict=True)
+    return activation.select([Affine(x, bank.W_enc, bank.b_enc, c) for x, bank, c in each], groups)
 
 
 def _pursued(

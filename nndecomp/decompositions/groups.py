@@ -26,7 +26,7 @@ from nndecomp.decompositions.activation_base import Selecting
 from nndecomp.decompositions.activation_pointwise import JumpRelu
 from nndecomp.decompositions.attention import AttentionGroup
 from nndecomp.decompositions.base import Decomposition, GroupCost
-from nndecomp.decompositions.codes import Codes, Encoding, SparseCodes
+from nndecomp.decompositions.codes import Codes, Encoding, GroupCodes, SparseCodes, like
 from nndecomp.decompositions.encoding import encode
 from nndecomp.decompositions.group import Group
 from nndecomp.decompositions.kernels import Written, decode_groups
@@ -123,8 +123,8 @@ class SparseDictionary(Pretrained, Decomposition):
     def encode(self, x: RowsOrSequences) -> Codes:
         return self.encoding(x).codes
 
-    def encoding(self, x: RowsOrSequences) -> Encoding:
-        """Codes, with what losses want to know beside them."""
+    def encoding(self, x: RowsOrSequences, whole: bool = False) -> Encoding:
+        """Codes, with what losses want to know beside them. `whole`: pre-activations of all entries, where there are any."""
         if self.needs_sequences:
             assert isinstance(x, Sequences), "attention needs whole sequences, not tokens one by one"
         else:
@@ -132,19 +132,22 @@ class SparseDictionary(Pretrained, Decomposition):
             width, sites = self.read_layout.width, ", ".join(map(str, self.read_layout.sites))
             assert x.shape[1] == width, f"rows of {x.shape[1]} numbers, but {sites} have {width} side by side"
         groups = range(len(self.groups))
-        return self.encode_groups([self.read(x, g) for g in groups], groups)
+        return self.encode_groups([self.read(x, g) for g in groups], groups, whole)
 
-    def encode_groups(self, inputs: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> Encoding:
+    def encode_groups(
+        self, inputs: Sequence[Float[Tensor, "token _"]], groups: Sequence[int], whole: bool = False
+    ) -> Encoding:
         """Some groups, from what each of them reads, centred where that is asked for."""
         scales = [self.scale(g) for g in groups]
         joint = [each for each in self.together if set(each) <= set(groups)]
-        return encode(self.activation, [self.banks[g] for g in groups], inputs, groups, scales, joint)
+        return encode(self.activation, [self.banks[g] for g in groups], inputs, groups, scales, joint, whole)
 
-    def active(self, encoding: Encoding) -> list[Float[Tensor, "token _"]]:
+    def active(self, encoding: Encoding) -> list[GroupCodes]:
         """Of jumprelu: 1 where a feature is active, with the straight-through gradient of its threshold."""
         assert isinstance(self.activation, JumpRelu) and encoding.pres is not None, "only jumprelu learns by counting"
-        each = zip(encoding.pres, encoding.scales, strict=True)
-        return [self.activation.active(pre, g, c) for g, (pre, c) in enumerate(each)]
+        counted = self.activation.active
+        each = enumerate(zip(encoding.pres, encoding.scales, strict=True))
+        return [like(pre, lambda z, at, g=g, c=c: counted(z, g, c, at)) for g, (pre, c) in each]
 
     def decode(self, codes: Codes, x: RowsOrSequences) -> Float[Tensor, "token d_writes"]:
         """x is read only by the linear skip."""

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nndecomp.decompositions.activation_base import ActivationFunction, Pointwise
@@ -37,14 +37,19 @@ class Held(Pointwise):
 
     def forward(
         self,
-        pre: Float[Tensor, "token feature"],
+        pre: Float[Tensor, "*entry"],
         group: int,
         c: Float[Tensor, "feature"] | None,
         b_enc: Float[Tensor, "feature"],
-    ) -> Float[Tensor, "token feature"]:
+        at: Int[Tensor, "slot"] | None = None,
+    ) -> Float[Tensor, "*entry"]:
         mask = self.masks[group]
         assert mask.shape == pre.shape, f"group {group}: a mask {tuple(mask.shape)} for codes {tuple(pre.shape)}"
         return self.own.when_active(pre, group, b_enc) * mask
+
+    def floor(self, group: int, learns: bool) -> Float[Tensor, "feature"] | None:
+        """What is held may be active wherever it is."""
+        return None
 
 
 def hold(dictionary: SparseDictionary) -> tuple[SparseDictionary, Held]:

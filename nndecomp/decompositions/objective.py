@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.activations.statistics import SiteScale
-from nndecomp.config.schema import Dead, Decoder, DecompositionConfig, TrainingConfig
+from nndecomp.config.schema import Dead, Decoder, DecompositionConfig, PreActivationLoss, TrainingConfig
 from nndecomp.decompositions import archetypal, losses, terms
 from nndecomp.decompositions.activation_base import Selecting
 from nndecomp.decompositions.codes import Codes, Encoding
@@ -112,7 +112,7 @@ class DictionaryObjective(nn.Module):
         self, x: RowsOrSequences, y: Float[Tensor, "token d_writes"], progress: float
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         self._anneal_k(progress)
-        encoding = self.dictionary.encoding(x)
+        encoding = self.dictionary.encoding(x, whole=self.cfg.pre_activation_loss is not PreActivationLoss.none)
         dead = dead_features(self.tokens_since_fired, self.cfg.dead_after_tokens)
         batch = Batch(self.dictionary, self.cfg, encoding, x, y)
         residual, fit = terms.fit(batch)

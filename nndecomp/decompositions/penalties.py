@@ -47,14 +47,14 @@ def lp(codes: Codes, c: Scales, p: float) -> Float[Tensor, ""]:
     return _mean_over_tokens(codes, powers)
 
 
-def l0(active: Sequence[Float[Tensor, "token _"]]) -> Float[Tensor, ""]:
+def l0(active: Sequence[GroupCodes]) -> Float[Tensor, ""]:
     """From straight-through indicators of every group."""
-    return torch.stack([group.sum() for group in active]).sum() / active[0].shape[0]
+    return torch.stack([group.values.sum() for group in active]).sum() / active[0].n_tokens
 
 
-def l0_target(active: Sequence[Float[Tensor, "token _"]], target: float) -> Float[Tensor, ""]:
+def l0_target(active: Sequence[GroupCodes], target: float) -> Float[Tensor, ""]:
     """Each group is to have `target` active features a token on average."""
-    return torch.stack([(group.sum() / group.shape[0] / target - 1).square() for group in active]).sum()
+    return torch.stack([(group.values.sum() / group.n_tokens / target - 1).square() for group in active]).sum()
 
 
 def pre_activation(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from nndecomp.config.schema import DecompositionConfig, Penalty
 from nndecomp.decompositions import penalties
-from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding, Scales
+from nndecomp.decompositions.codes import Codes, Encoding, Scales
 from nndecomp.decompositions.groups import SparseDictionary
 
 
@@ -60,7 +60,7 @@ class Sparsity(nn.Module):
                 pass
         # Where a gate decides what is active, the penalty is on the gate.
         gates = encoding.gates
-        codes = encoding.codes if gates is None else Codes(tuple(map(DenseCodes, gates)))
+        codes = encoding.codes if gates is None else Codes(gates)
         mixed = (cfg.mixed_weights[0], cfg.mixed_weights[1])
         c = [bank.scale(cfg.penalty_normalisation, mixed) for bank in dictionary.banks]
         if gates is not None and not cfg.gate_trains_decoder:

@@ -53,7 +53,7 @@ def gate(batch: Batch) -> Float[Tensor, ""] | None:
     seen: Callable[[Tensor], Tensor] = (lambda w: w) if batch.cfg.gate_trains_decoder else Tensor.detach
     y_hat = seen(dictionary.b_dec).repeat(len(batch.y), 1)
     for bank, own in zip(dictionary.banks, gates, strict=True):
-        y_hat[:, bank.writes] += DenseCodes(own).decode(seen(bank.W_dec))
+        y_hat[:, bank.writes] += own.decode(seen(bank.W_dec))
         if bank.W_skip is not None:
             y_hat[:, bank.writes] += rows_of(batch.x[:, bank.reads]) @ seen(bank.W_skip)
     return batch.cfg.gate_coefficient * batch.reconstruction(batch.y - y_hat)
@@ -74,7 +74,9 @@ def pre_activation(batch: Batch, dead: Bool[Tensor, "all_features"]) -> Float[Te
         weights = [own if weight is None else own * weight for own, weight in zip(mask, weights, strict=True)]
     pres, scales = batch.encoding.pres, batch.encoding.scales
     assert pres is not None, f"pre_activation_loss with {type(activation).__name__}"
-    return cfg.pre_activation_coefficient * penalties.pre_activation(pres, thetas, scales, weights)
+    dense = [pre.values for pre in pres if isinstance(pre, DenseCodes)]
+    assert len(dense) == len(banks), "entries that are far from active are what this loss is about"
+    return cfg.pre_activation_coefficient * penalties.pre_activation(dense, thetas, scales, weights)
 
 
 def revival(

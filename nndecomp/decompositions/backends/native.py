@@ -38,7 +38,7 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 )
 # Numbers of one block of pre-activations: it stays in the cache between the product and the selection.
-BLOCK = 1 << 21
+BLOCK = 1 << 22
 # Thresholds are guessed at this share of the last batch's; of tokens at what all but a few exceeded.
 _CAUTION, _SHORT = 0.9, 0.02
 
@@ -197,8 +197,8 @@ class Native:
         """Every token's threshold starts where most tokens of the last batch had theirs; tokens for which that is too high are made again."""
         assert 0 < k <= len(of.W), f"k={k} of {len(of.W)} features"
         of, key = _contiguous(of), of.W
-        guess = self._last.get(key, (k, -inf))
-        with _candidates(len(of.x), k, guess[1] if guess[0] == k else -inf) as found:
+        last_k, guess = self._last.get(key) or (k, -inf)
+        with _candidates(len(of.x), k, guess if last_k == k else -inf) as found:
             found.add(of)
             short = found.short()
             if len(short):
@@ -216,7 +216,7 @@ class Native:
         widths = [len(each.W) for each in of]
         n_slots = min(n_slots, n_tokens * sum(widths))
         banks = list(map(_contiguous, of))
-        per_token, guess = self._last.get(key, (1, 0.0))
+        per_token, guess = self._last.get(key) or (1, 0.0)
         guess = max(0.0, _sampled(banks, n_slots) if per_token else _CAUTION * guess)
         while True:
             with _candidates(n_tokens, 0, guess) as found:

@@ -18,11 +18,11 @@ class Pure:
     name = "torch"
 
     def topk(self, of: Affine, k: int) -> Selected:
-        pre, score = _pre_and_score(of)
+        pre, score = pre_and_score(of)
         return selected(pre, topk_support(score, k))
 
     def batchtopk(self, of: Sequence[Affine], n_slots: int) -> list[Selected]:
-        pres, scores = zip(*map(_pre_and_score, of), strict=True)
+        pres, scores = zip(*map(pre_and_score, of), strict=True)
         if len(of) == 1:
             return [selected(pres[0], batchtopk_support(scores[0], n_slots))]
         together = batchtopk_support(torch.cat(scores, 1), n_slots)
@@ -31,7 +31,7 @@ class Pure:
         return [selected(pre, Support.of(together.tokens[own], indices, *pre.shape)) for pre, (own, indices) in parts]
 
     def above(self, of: Affine, threshold: Float[Tensor, "feature"]) -> Selected:
-        pre, score = _pre_and_score(of)
+        pre, score = pre_and_score(of)
         return selected(pre, threshold_support(score, threshold))
 
     def by_feature(
@@ -72,7 +72,7 @@ def selected(pre: Float[Tensor, "token feature"], support: Support) -> Selected:
     return Selected(support, pre.flatten().index_select(0, places))
 
 
-def _pre_and_score(of: Affine) -> tuple[Float[Tensor, "token feature"], Float[Tensor, "token feature"]]:
+def pre_and_score(of: Affine) -> tuple[Float[Tensor, "token feature"], Float[Tensor, "token feature"]]:
     pre = F.linear(of.x, of.W, of.b)
     return pre, pre if of.c is None else pre * of.c
 
