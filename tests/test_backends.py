@@ -10,17 +10,18 @@ from torch import Tensor
 
 from nndecomp.config.schema import Activation, BackendKind, CodeNormalisation, JumpReluGradient, Penalty, Scope
 from nndecomp.decompositions import backends, encoding, kernels
-from nndecomp.decompositions.backends import native
+from nndecomp.decompositions.backends import candidates, compiled, native
 from nndecomp.decompositions.backends.interface import Affine, Backend
 from nndecomp.decompositions.backends.pure import Pure
 from nndecomp.decompositions.codes import SparseCodes
 from nndecomp.decompositions.support import Selected, Support
 from nndecomp.errors import SettingError
 
-needs_native = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+needs_native = pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
 BACKENDS = [
     pytest.param(Pure(), id="torch"),
     pytest.param(native.BACKEND, id="native", marks=needs_native),
+    pytest.param(native.SCREENING, id="native_int8", marks=needs_native),
 ]
 SIZES = [(1, 3, 5, 1), (7, 6, 24, 3), (40, 33, 300, 8), (70, 16, 2500, 31)]  # tokens, d, features, k
 
@@ -51,7 +52,7 @@ def values(selected: Selected) -> Tensor:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So small that these sizes take several, of features and of tokens."""
-    monkeypatch.setattr(native, "BLOCK", 16 * 256)
+    monkeypatch.setattr(candidates, "BLOCK", 16 * 256)
     yield
 
 
@@ -256,8 +257,8 @@ def test_on_the_cpu_native_is_what_runs_by_default():
 
 def test_without_a_compiler_native_is_refused_and_auto_says_so_once(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    native.obstacle.cache_clear()
-    native.available.cache_clear()
+    compiled.obstacle.cache_clear()
+    compiled.available.cache_clear()
     try:
         with pytest.raises(SettingError, match="backend=native: there is no C\\+\\+ compiler \\(no-such-compiler"):
             backends.use(BackendKind.native)
@@ -265,5 +266,5 @@ def test_without_a_compiler_native_is_refused_and_auto_says_so_once(monkeypatch,
         assert backends.of(torch.zeros(1)).name == "torch"
         assert len([record for record in caplog.records if "no-such-compiler" in record.message]) == 1
     finally:
-        native.obstacle.cache_clear()
-        native.available.cache_clear()
+        compiled.obstacle.cache_clear()
+        compiled.available.cache_clear()

@@ -206,3 +206,4 @@ class Encoding:
     # Of each group: of all entries, or of those that have a code or teach anything; null where an activation function selects.
     pres: tuple[GroupCodes, ...] | None
     gates: tuple[GroupCodes, ...] | None = None  # gated: max(0, pi_gate) of each group
+    agreement: float | None = None  # mean over groups; see `Selected`

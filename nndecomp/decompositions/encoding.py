@@ -43,7 +43,7 @@ def encode(
             near = None if whole else _near(activation, banks, inputs, groups, scales, learns)
             return _pointwise(activation, banks, inputs, groups, scales, near)
         case Ranking():
-            return Encoding(_ranked(activation, banks, inputs, groups, scales), scales, None)
+            return _ranked(activation, banks, inputs, groups, scales)
         case MatchingPursuit():
             return Encoding(_pursued(activation, banks, inputs, groups, together), scales, None)
         case other:
@@ -79,7 +79,7 @@ def _pointwise(
     if isinstance(activation, Gated):
         gate = activation.gate
         gates = tuple(like(pre, lambda z, _: gate(z)) for pre in pres)
-    return Encoding(Codes(tuple(codes)), scales, tuple(pres), gates)
+    return Encoding(Codes(tuple(codes)), scales, tuple(pres), gates, None if near is None else _agreement(near))
 
 
 @torch.no_grad()
@@ -121,11 +121,12 @@ def _active(bank: Group, x: Float[Tensor, "token d_read"], own: Selected) -> Spa
 
 def _ranked(
     activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
-) -> Codes:
+) -> Encoding:
     found = _selected(activation, banks, inputs, groups, scales)
     if found is not None:
         codes = [_active(bank, x, own) for bank, x, own in zip(banks, inputs, found, strict=True)]
-        return Codes(tuple(replace(own, values=own.values.relu()) for own in codes))
+        clipped = Codes(tuple(replace(own, values=own.values.relu()) for own in codes))
+        return Encoding(clipped, scales, None, agreement=_agreement(found))
     with torch.no_grad():
         affine = _by_encoder(banks, inputs, lambda bank, x: bank.linear_encoder.affine(x))
         pres = [bank.linear_encoder.combine(*maps) for bank, maps in zip(banks, affine, strict=True)]
@@ -136,7 +137,13 @@ def _ranked(
         values = bank.linear_encoder.at(x, maps, support)
         # A negative pre-activation among the k largest becomes 0, which is not active.
         codes.append(SparseCodes(values if activation.signed else values.relu(), support))
-    return Codes(tuple(codes))
+    return Encoding(Codes(tuple(codes)), scales, None)
+
+
+def _agreement(found: Sequence[Selected]) -> float | None:
+    """Mean over groups; null where nothing was screened."""
+    shares = [own.agreement for own in found if own.agreement is not None]
+    return sum(shares) / len(shares) if shares else None
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from nndecomp.activations.statistics import SiteScale
 from nndecomp.config.schema import Dead, Decoder, DecompositionConfig, PreActivationLoss, TrainingConfig
 from nndecomp.decompositions import archetypal, losses, terms
 from nndecomp.decompositions.activation_base import Selecting
-from nndecomp.decompositions.codes import Codes, Encoding
+from nndecomp.decompositions.codes import Encoding
 from nndecomp.decompositions.dead import dead_features, families, fired_anywhere
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.resampling import Rows, resample
@@ -130,7 +130,7 @@ class DictionaryObjective(nn.Module):
         return loss, {
             "loss": loss.detach(),
             "fvu": losses.fvu(residual.detach(), y, self.dictionary.write_layout),
-            **self._metrics(encoding.codes, dead),
+            **self._metrics(encoding, dead),
             **self.sparsity.metrics(progress),
             **{f"loss/{name}": term.detach() for name, term in parts.items()},
         }
@@ -213,14 +213,16 @@ class DictionaryObjective(nn.Module):
         """Of each group."""
         return [own.nonzero().squeeze(1) for own in dead.split([bank.n_features for bank in self.dictionary.banks])]
 
-    def _metrics(self, codes: Codes, dead: Bool[Tensor, "all_features"]) -> dict[str, Tensor]:
-        """l0 of each group and their mean; share of features that are dead; k on its way."""
-        l0 = codes.counts().float().mean(0)
+    def _metrics(self, encoding: Encoding, dead: Bool[Tensor, "all_features"]) -> dict[str, Tensor]:
+        """l0 of each group and their mean; share of features that are dead; k on its way; how exact screening was."""
+        l0 = encoding.codes.counts().float().mean(0)
         names = [bank.name for bank in self.dictionary.banks]
         each = {f"l0/{name}": l0[g] for g, name in enumerate(names)} if len(names) > 1 else {}
         activation = self.dictionary.activation
         if isinstance(activation, Selecting) and self.cfg.k_start is not None:
             each["k"] = torch.full_like(l0[0], sum(activation.k) / len(activation.k))
+        if encoding.agreement is not None:
+            each["screening_agreement"] = torch.full_like(l0[0], encoding.agreement)
         return {"l0": l0.mean(), "dead": dead.float().mean(), **each}
 
     @torch.no_grad()

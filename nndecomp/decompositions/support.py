@@ -50,6 +50,8 @@ class Selected:
 
     support: Support
     values: Float[Tensor, "slot"]
+    # Where entries were screened in low precision: of what full precision selects, the share that was found, on some tokens.
+    agreement: float | None = None
 
 
 def split_slots(

@@ -2,6 +2,7 @@
 
     torch    pure PyTorch, on any device and in any precision; the reference of the others
     native   C++ on the CPU, float32, compiled for the machine on first use
+    native_int8   the same, but that the encoder's products are screened in 8 bits, and computed in float32 where it matters
     triton   kernels for CUDA
 
 All of them select the same entries and add up the same numbers, in other orders. The mathematics, with its gradients, stands once, in
@@ -29,11 +30,11 @@ def use(kind: BackendKind) -> None:
     """For the whole process. Raises SettingError if it cannot be had here."""
     global _asked
     match kind:
-        case BackendKind.native:
-            from nndecomp.decompositions.backends import native
+        case BackendKind.native | BackendKind.native_int8:
+            from nndecomp.decompositions.backends import compiled
 
-            if not native.available():
-                raise SettingError(f"backend=native: {native.obstacle()}; use backend=torch")
+            if not compiled.available():
+                raise SettingError(f"backend={kind.value}: {compiled.obstacle()}; use backend=torch")
         case BackendKind.triton:
             if without_triton() is not None:
                 raise SettingError(f"backend=triton: {without_triton()}; use backend=torch")
@@ -58,12 +59,12 @@ def of(tensor: Tensor) -> Backend:
     products are rounded as it says; on the CPU they are torch's then."""
     from nndecomp.decompositions.backends import pure
 
-    if tensor.device.type == "cpu" and _asked in (BackendKind.auto, BackendKind.native):
-        from nndecomp.decompositions.backends import native
+    if tensor.device.type == "cpu" and _asked in (BackendKind.auto, BackendKind.native, BackendKind.native_int8):
+        from nndecomp.decompositions.backends import compiled, native
 
         served = tensor.dtype in (torch.float32, torch.int64) and not torch.is_autocast_enabled("cpu")
-        if served and native.available():
-            return native.BACKEND
+        if served and compiled.available():
+            return native.SCREENING if _asked is BackendKind.native_int8 else native.BACKEND
     wanted = _asked is BackendKind.triton or (tensor.device.type == "cuda" and _asked is BackendKind.auto)
     served = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)
     if wanted and served and _triton_serves(tensor.device.type):

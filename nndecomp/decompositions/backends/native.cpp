@@ -4,6 +4,7 @@
 // depend on the number of threads. Sums may be reassociated; NaN and infinity keep their meaning (no -ffinite-math-only).
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -14,8 +15,8 @@ namespace {
 constexpr long CHUNK = 32;  // entries that are compared at once, before any of them is looked at alone
 
 struct Entry {
-  float key;  // z c, by which entries are compared
-  float z;
+  float key;  // z c, by which entries are compared; while screened, what it is at most
+  float z;    // while screened, the width of what key can be: it is at least key - z
   int32_t feature;
 };
 
@@ -30,6 +31,7 @@ inline bool before(const Entry& a, const Entry& b) {
 struct Row {
   std::vector<Entry> entries;
   float threshold;
+  long most = 0;  // entries, while screened, before those are dropped that cannot be among the largest
 };
 
 struct Candidates {
@@ -44,9 +46,120 @@ void keep_largest(Row& row, long k) {
   if (row.threshold != row.threshold) row.threshold = std::numeric_limits<float>::infinity();
 }
 
+// Drops what cannot be among the k largest: its key is at most less than what k others are at least.
+void drop_hopeless(Row& row, long k) {
+  if (long(row.entries.size()) <= k) return;
+  std::vector<float> least;
+  least.reserve(row.entries.size());
+  for (const auto& entry : row.entries) least.push_back(entry.key - entry.z);
+  std::nth_element(least.begin(), least.begin() + (k - 1), least.end(), [](float a, float b) { return a > b; });
+  row.threshold = std::max(row.threshold, least[k - 1]);
+  const float t = row.threshold;
+  row.entries.erase(std::remove_if(row.entries.begin(), row.entries.end(), [t](const Entry& e) { return e.key < t; }), row.entries.end());
+}
+
 }  // namespace
 
 extern "C" {
+
+// Rows in 8 bits: q = round(x * fold / scale), scale = max |x * fold| / 127; norm = |x * fold|. fold (null: 1) is of columns.
+void quantise(const float* x, long stride, long n, long d, const float* fold, int8_t* q, float* scale, float* norm, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (long r = 0; r < n; ++r) {
+    const float* row = x + r * stride;
+    float largest = 0, squares = 0;
+    for (long i = 0; i < d; ++i) {
+      const float v = fold == nullptr ? row[i] : row[i] * fold[i];
+      const float size = v < 0 ? -v : v;
+      largest = size > largest ? size : largest;
+      squares += v * v;
+    }
+    scale[r] = largest > 0 ? largest / 127 : 1;
+    norm[r] = std::sqrt(squares);
+    const float by = 1 / scale[r];
+    for (long i = 0; i < d; ++i) {
+      const float v = fold == nullptr ? row[i] : row[i] * fold[i];
+      q[r * d + i] = int8_t(int32_t(v * by + (v < 0 ? -0.5f : 0.5f)));
+    }
+  }
+}
+
+// One block of features in 8 bits: product [rows, n] of quantised rows. With w_scale, w_norm of features, x_scale, x_norm of rows, an
+// entry's key is at most (w_scale (x_scale product + q x_norm) + q x_scale w_norm + bias) c, and less than that by at most
+// 2 q (w_scale x_norm + x_scale w_norm) c.
+void candidates_screen(void* handle, const int32_t* product, long n, long first, const float* bias, const float* c, const float* theta,
+                       const float* w_scale, const float* w_norm, const float* x_scale, const float* x_norm, float q, long first_row,
+                       long n_rows, int threads) {
+  auto& found = *static_cast<Candidates*>(handle);
+  const long k = found.k;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (long r = 0; r < n_rows; ++r) {
+    Row& row = found.rows[first_row + r];
+    if (row.most == 0) row.most = std::max(4 * k, k + 64);
+    const int32_t* p = product + r * n;
+    const float xs = x_scale[first_row + r], xq = q * x_norm[first_row + r], sq = q * xs;
+    float key[CHUNK];
+    for (long j = 0; j < n; j += CHUNK) {
+      const long m = std::min(CHUNK, n - j);
+      int hit = 0;
+      if (m == CHUNK && c == nullptr && theta == nullptr) {
+        const float t = row.threshold;
+        for (long i = 0; i < CHUNK; ++i)
+          key[i] = w_scale[j + i] * (xs * float(p[j + i]) + xq) + sq * w_norm[j + i] + bias[j + i];
+        for (long i = 0; i < CHUNK; ++i) hit |= !(key[i] < t);
+      } else {
+        for (long i = 0; i < m; ++i) {
+          key[i] = w_scale[j + i] * (xs * float(p[j + i]) + xq) + sq * w_norm[j + i] + bias[j + i];
+          if (c != nullptr) key[i] *= c[j + i];
+          hit |= !(key[i] < (theta == nullptr ? row.threshold : theta[j + i]));
+        }
+      }
+      if (!hit) continue;
+      for (long i = 0; i < m; ++i) {
+        if (key[i] < (theta == nullptr ? row.threshold : theta[j + i])) continue;
+        float width = 2 * (w_scale[j + i] * xq + sq * w_norm[j + i]);
+        if (c != nullptr) width *= c[j + i];
+        row.entries.push_back({key[i], width, int32_t(first + j + i)});
+        if (k > 0 && long(row.entries.size()) >= row.most) {
+          drop_hopeless(row, k);
+          row.most = std::max(row.most, 2 * long(row.entries.size()));
+        }
+      }
+    }
+  }
+}
+
+// Ends screening: keys and z in full precision. bias and c are of all features. Entries stay whose key exceeds `above`, or theta of
+// their feature; of a row of which k are asked, all stay if k of them reach `above`, and else none: it has to be looked through again.
+// Returns how many entries there were.
+long candidates_rescore(void* handle, const float* x, long x_stride, const float* W, long W_stride, const float* bias, const float* c,
+                        const float* theta, float above, long d, int threads) {
+  auto& found = *static_cast<Candidates*>(handle);
+  long n = 0;
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) reduction(+ : n)
+  for (long r = 0; r < long(found.rows.size()); ++r) {
+    Row& row = found.rows[r];
+    if (found.k > 0) drop_hopeless(row, found.k);
+    n += long(row.entries.size());
+    const float* a = x + r * x_stride;
+    for (auto& entry : row.entries) {
+      const float* w = W + entry.feature * W_stride;
+      float sum = 0;
+      for (long i = 0; i < d; ++i) sum += a[i] * w[i];
+      entry.z = sum + bias[entry.feature];
+      entry.key = c == nullptr ? entry.z : entry.z * c[entry.feature];
+    }
+    if (found.k > 0) {
+      const auto reach = std::count_if(row.entries.begin(), row.entries.end(), [&](const Entry& e) { return e.key >= above; });
+      if (reach < found.k) row.entries.clear();
+      continue;
+    }
+    row.entries.erase(std::remove_if(row.entries.begin(), row.entries.end(),
+                                     [&](const Entry& e) { return !(e.key > (theta == nullptr ? above : theta[e.feature])); }),
+                      row.entries.end());
+  }
+  return n;
+}
 
 void* candidates_new(long n_rows, long k, float threshold) {
   auto* found = new Candidates{k, std::vector<Row>(n_rows)};
@@ -99,34 +212,27 @@ void candidates_add(void* handle, const float* pre, long n, long first, const fl
   }
 }
 
-// The rows that have fewer than k entries, because their threshold was too high. rows [n_rows].
-long candidates_short(void* handle, int64_t* rows) {
+// How many rows have fewer than k entries, because their threshold was too high.
+long candidates_short(void* handle) {
   const auto& found = *static_cast<Candidates*>(handle);
-  long n = 0;
-  for (long r = 0; r < long(found.rows.size()); ++r)
-    if (long(found.rows[r].entries.size()) < found.k) rows[n++] = r;
-  return n;
+  return std::count_if(found.rows.begin(), found.rows.end(), [&](const Row& row) { return long(row.entries.size()) < found.k; });
 }
 
-// Puts the entries of `from` in the place of some rows.
-void candidates_replace(void* handle, void* from, const int64_t* rows) {
+// Adds the entries of `part`, whose first feature has the number `base`.
+void candidates_append(void* handle, const void* part, long base, int threads) {
   auto& found = *static_cast<Candidates*>(handle);
-  auto& others = *static_cast<Candidates*>(from);
-  for (long r = 0; r < long(others.rows.size()); ++r) std::swap(found.rows[rows[r]], others.rows[r]);
+  const auto& others = *static_cast<const Candidates*>(part);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (long r = 0; r < long(found.rows.size()); ++r)
+    for (const auto& entry : others.rows[r].entries)
+      found.rows[r].entries.push_back({entry.key, entry.z, int32_t(base + entry.feature)});
 }
 
-// After candidates_offsets: the smallest key of each row, of which all but this share of the rows have a larger one.
-float candidates_threshold(void* handle, float share) {
-  const auto& found = *static_cast<Candidates*>(handle);
-  std::vector<float> smallest;
-  for (const auto& row : found.rows) {
-    float least = std::numeric_limits<float>::infinity();
+float candidates_smallest(void* handle) {
+  float least = std::numeric_limits<float>::infinity();
+  for (const auto& row : static_cast<Candidates*>(handle)->rows)
     for (const auto& entry : row.entries) least = std::min(least, entry.key);
-    smallest.push_back(least);
-  }
-  const long rank = std::min(long(share * smallest.size()), long(smallest.size()) - 1);
-  std::nth_element(smallest.begin(), smallest.begin() + rank, smallest.end());
-  return smallest[rank];
+  return least;
 }
 
 long candidates_count(void* handle) {
