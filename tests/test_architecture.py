@@ -30,7 +30,7 @@ HOOKS = {"nndecomp/targets/hooks.py"}
 WRITERS = {
     "nndecomp/activations/store_writer.py",
     "nndecomp/checkpoint.py",
-    "nndecomp/decompositions/backends/native.py",  # what it compiles, in the user's cache
+    "nndecomp/decompositions/backends/compiled.py",  # what it compiles, in the user's cache
     "nndecomp/decompositions/pretrained.py",
     "nndecomp/evaluation/rows.py",
     "nndecomp/report/style.py",
