@@ -16,7 +16,7 @@ from nndecomp.config.schema import (
     Question,
     Reconstruction,
 )
-from nndecomp.decompositions.backends import native
+from nndecomp.decompositions.backends import compiled
 from nndecomp.evaluation.timing import Subject
 
 OURS = "nndecomp"
@@ -52,7 +52,8 @@ class System:
 
 def backends() -> list[BackendKind]:
     """This library's, on this machine's CPU."""
-    return [BackendKind.torch, *([BackendKind.native] if native.available() else [])]
+    native = [BackendKind.native, BackendKind.native_int8] if compiled.available() else []
+    return [BackendKind.torch, *native]
 
 
 def systems() -> dict[str, System]:
