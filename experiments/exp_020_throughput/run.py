@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @experiment("exp_020_throughput", patches=False)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
-    from nndecomp.report import throughput
+    from nndecomp.report import growth, throughput
 
     assert cfg.throughput is not None
     match cfg.throughput.question:
@@ -30,6 +30,12 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
             write(out, throughput.table(times, floors), throughput.raw(times, floors), said)
             draw(out, throughput.figure(times, floors))
             return throughput.scores(times, floors)
+        case Question.growth:
+            axes, times, floors = build.grown_steps(cfg, out)
+            said = "\n".join(throughput.notes(times, floors))
+            write(out, growth.table(axes, times, floors), throughput.raw(times, floors), said)
+            draw(out, growth.figure(axes, times, floors))
+            return growth.scores(axes, times, floors)
         case Question.quality:
             found = build.agreements(cfg)
             write(out, throughput.agreed(found), throughput.curves(found), "")

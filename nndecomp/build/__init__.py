@@ -49,7 +49,7 @@ from nndecomp.build.settings import (
 )
 from nndecomp.build.sharing import Job, check_sharing, trained_together
 from nndecomp.build.tail import diagnosed, one_decomposition, reported_tail
-from nndecomp.build.throughput import timed_steps
+from nndecomp.build.throughput import grown_steps, timed_steps
 from nndecomp.build.throughput_quality import agreements
 from nndecomp.build.toy_settings import toy_settings
 from nndecomp.build.toys import decomposed_toy, recovered_toy, trained_toy
@@ -94,6 +94,7 @@ __all__ = [
     "finished",
     "found_again",
     "found_again_rows",
+    "grown_steps",
     "harvester",
     "heldout",
     "instances",

@@ -1,19 +1,21 @@
 """Training steps of this library and of others, timed in turn: a process each, a step each a round."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from nndecomp.build.throughput_steps import COPIED
 from nndecomp.build.throughput_systems import OURS, answering, systems
-from nndecomp.build.throughput_worker import FLOOR, STEP, Worker, size_of
+from nndecomp.build.throughput_worker import FLOOR, LAYERS, STEP, Worker, size_of
 from nndecomp.config.schema import RunConfig, SizeConfig, ThroughputConfig, require
+from nndecomp.config.throughput import OWN
 from nndecomp.evaluation.timing import Floor, Times
 from nndecomp.training.progress import Progress
 
 logger = logging.getLogger(__name__)
+GROWING = ("n_features", "k", "batch_tokens")
 
 
 def asked(cfg: RunConfig) -> ThroughputConfig:
@@ -46,10 +48,25 @@ def timed_steps(cfg: RunConfig, out: Path) -> tuple[list[Times], list[Floor]]:
     names = chosen(throughput)
     times, floors = [], []
     for size in throughput.at:
-        found = rounds(out, size, [*names, FLOOR], throughput)
-        floors.append(_floor(found.pop(FLOOR), size_of(cfg, size), size))
-        times += [_times(name, each, size) for name, each in found.items()]
+        found = rounds(out, [(size, name) for name in (*names, FLOOR)], throughput)
+        floors.append(_floor(found.pop((size, FLOOR)), size_of(cfg, size), size))
+        times += [_times(name, each, size) for (_, name), each in found.items()]
     return times, floors
+
+
+def grown_steps(cfg: RunConfig, out: Path) -> tuple[dict[str, dict[str, int]], list[Times], list[Floor]]:
+    """Names of sizes and their value on each axis, and the times of all of them: those of an axis in turn, as systems are."""
+    throughput = asked(cfg)
+    own = size_of(cfg, OWN)
+    values = {axis: [max(1, round(factor * getattr(own, axis))) for factor in throughput.factors] for axis in GROWING}
+    values[LAYERS] = throughput.layers
+    axes = {axis: {f"{axis}={value}": value for value in along} for axis, along in values.items()}
+    times, floors = [], []
+    for sizes in axes.values():
+        found = rounds(out, [(size, name) for size in sizes for name in (*chosen(throughput), FLOOR)], throughput)
+        floors += [_floor(found.pop((size, FLOOR)), size_of(cfg, size), size) for size in sizes]
+        times += [_times(name, each, size) for (size, name), each in found.items()]
+    return axes, times, floors
 
 
 @dataclass(frozen=True)
@@ -62,28 +79,31 @@ class Found:
         return [each["wall"][part] for each in self.answers]
 
 
-def rounds(out: Path, size: str, names: Iterable[str], cfg: ThroughputConfig) -> dict[str, Found]:
-    """The same number of steps of each, by name."""
-    answers: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in names}
+Pair = tuple[str, str]  # names of a size and of a system
+
+
+def rounds(out: Path, pairs: Sequence[Pair], cfg: ThroughputConfig) -> dict[Pair, Found]:
+    """The same number of steps of each."""
+    answers: dict[Pair, list[dict[str, dict[str, float]]]] = {pair: [] for pair in pairs}
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        threads: dict[str, int] = {}
-        for name in answers:  # one after the other: what is made is memory, too
+        workers: dict[Pair, Worker] = {}
+        threads: dict[Pair, int] = {}
+        for size, name in pairs:  # one after the other: what is made is memory, too
             logger.info("%s: making %s", size, name)
-            workers[name] = worker = stack.enter_context(closing(Worker(out / "config.yaml", size, name)))
-            threads[name] = worker.read()["threads"]
+            worker = stack.enter_context(closing(Worker(out / "config.yaml", size, name)))
+            workers[size, name], threads[size, name] = worker, worker.read()["threads"]
             for _ in range(cfg.warm_up):
                 worker.ask("step")
-        with Progress(size, cfg.rounds, 0, unit="rounds") as progress:
+        with Progress(", ".join(dict.fromkeys(size for size, _ in pairs)), cfg.rounds, 0, unit="rounds") as progress:
             for number in range(cfg.rounds):
-                for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
-                    answers[name].append(workers[name].ask("step"))
+                for pair in list(pairs)[:: 1 if number % 2 == 0 else -1]:
+                    answers[pair].append(workers[pair].ask("step"))
                 progress.advance(1)
-        peaks = {name: worker.ask("peak")["bytes"] for name, worker in workers.items()}
-        for name, worker in workers.items():
+        peaks = {pair: worker.ask("peak")["bytes"] for pair, worker in workers.items()}
+        for (size, name), worker in workers.items():
             if cfg.trace and name.startswith(OURS):
                 worker.ask(f"trace {out / 'traces' / f'{size}_{name}.json'}")
-    return {name: Found(each, peaks[name], threads[name]) for name, each in answers.items()}
+    return {pair: Found(each, peaks[pair], threads[pair]) for pair, each in answers.items()}
 
 
 def _times(name: str, found: Found, size: str) -> Times:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,28 @@ from nndecomp.decompositions import backends
 Parts = Mapping[str, Callable[[], object]]
 FLOOR = "floor"
 STEP = "step"
+LAYERS = "n_layers"
 
 
 def size_of(cfg: RunConfig, name: str) -> SizeConfig:
+    """By its name in `throughput`, or `<axis>=<value>`: the size of the other settings, but for one axis."""
     assert cfg.throughput is not None, "throughput says what is timed"
-    own, base = cfg.throughput, cfg.decomposition
-    if name != OWN:
-        return own.sizes[name]
-    return SizeConfig(
-        d_model=own.d_model,
-        n_layers=own.n_layers,
+    throughput, base = cfg.throughput, cfg.decomposition
+    if name in throughput.sizes:
+        return throughput.sizes[name]
+    own = SizeConfig(
+        d_model=throughput.d_model,
+        n_layers=throughput.n_layers,
         n_features=base.n_features,
         k=base.k,
         batch_tokens=cfg.training.batch_tokens,
     )
+    if name == OWN:
+        return own
+    axis, value = name.split("=")
+    # Layers write to all later ones: of as many features there would be a hundred times the parameters.
+    fewer = {"n_features": max(own.k, own.n_features // 8)} if axis == LAYERS else {}
+    return replace(own, **{axis: int(value)} | fewer)
 
 
 def parts(cfg: RunConfig, size: SizeConfig, name: str, batches: list[torch.Tensor]) -> Parts:
