@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nndecomp.build import throughput, throughput_steps, throughput_systems
+from nndecomp.build.throughput_harvest import cut, in_turn
 from nndecomp.build.throughput_worker import FLOOR, Worker, size_of
 from nndecomp.config.compose import compose, dump
 from nndecomp.config.schema import RunConfig, SizeConfig
@@ -20,6 +21,7 @@ from nndecomp.evaluation.agreement import agreement, dense_losses
 from nndecomp.evaluation.dense import DensePairs
 from nndecomp.evaluation.timing import (
     Floor,
+    Speed,
     Subject,
     Times,
     dense_flops,
@@ -30,11 +32,17 @@ from nndecomp.evaluation.timing import (
     ratio,
     sparse_flops,
 )
+from nndecomp.report import growth, speeds
 from nndecomp.report import throughput as report
+from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig
+from nndecomp.targets.llama_simple_mlp_target import LlamaSimpleMLPTarget
 from nndecomp.training.flops import count, step_flops
+from nndecomp.types import Point, Site
 
 SIZE = SizeConfig(d_model=16, n_features=64, batch_tokens=128, k=4)
 CLT = SizeConfig(d_model=16, n_features=64, batch_tokens=128, k=4, n_layers=3)
+
+TINY = {"n_layers": 3, "d_model": 16, "d_mlp": 32, "n_heads": 2, "n_kv_heads": 2, "n_ctx": 8, "n_vocab": 50}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +150,39 @@ def test_systems_that_are_not_there_are_said_once_and_refused_when_named(
     with pytest.raises(SettingError, match="must be among nndecomp_torch_topk"):
         throughput.chosen(cfg.throughput)
     cfg.throughput.systems = None
+
+
+def test_growth_is_the_exponent_of_the_fitted_power():
+    assert growth.slope({x: [3e-3 * x**1.5] * 3 for x in (1, 2, 4, 8)}) == pytest.approx(1.5)
+    subject = Subject("nndecomp", "1", "topk", "torch")
+    times = [Times(subject, f"k={k}", [0.01 * k] * 2, [0.01] * 2, 1) for k in (1, 2)]
+    axes = {"k": {"k=1": 1, "k=2": 2}}
+    assert growth.scores(axes, times, []) == {"slope/k/torch": pytest.approx(1)}
+    assert list(growth.table(axes, times, []).slope) == ["1.00", ""]
+
+
+def test_a_size_that_differs_in_one_axis_is_named_by_it(cfg: RunConfig):
+    own = size_of(cfg, "own")
+    assert size_of(cfg, "batch_tokens=7") == replace(own, batch_tokens=7)
+    assert size_of(cfg, "n_layers=3").n_layers == 3 and size_of(cfg, "c3").n_features == 12288
+
+
+def test_a_model_that_is_cut_is_the_whole_up_to_there():
+    model = LlamaSimpleMLP(LlamaSimpleMLPConfig(**TINY), torch.Generator().manual_seed(0))
+    tokens = torch.randint(50, (2, 8), generator=torch.Generator().manual_seed(1))
+    site = Site(1, Point.resid_post)
+    whole = LlamaSimpleMLPTarget("whole", model, None).record(tokens, [site])[site]
+    assert torch.equal(cut(model, 2).residual(tokens), whole) and len(model.h) == 3
+
+
+def test_ways_of_doing_the_same_are_set_beside_the_first():
+    runs = {"one": lambda: None, "other": lambda: None}
+    found = in_turn("both", runs, 10, "bytes", rounds=4)
+    assert [each.name for each in found] == ["one", "other"] and all(len(each.wall) == 4 for each in found)
+    given = [Speed("g", "first", 10**9, "bytes", [1.0, 1.0]), Speed("g", "half", 10**9, "bytes", [2.0, 2.0])]
+    table = speeds.table(given)
+    assert list(table["a second"]) == ["1.00 GB", "0.50 GB"]
+    assert speeds.scores(given) == {"g/half": 0.5}
 
 
 def test_sizes_that_are_not_there_are_refused():

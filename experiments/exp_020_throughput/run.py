@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @experiment("exp_020_throughput", patches=False)
 def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
-    from nndecomp.report import growth, throughput
+    from nndecomp.report import growth, speeds, throughput
 
     assert cfg.throughput is not None
     match cfg.throughput.question:
@@ -32,16 +32,19 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
             return throughput.scores(times, floors)
         case Question.growth:
             axes, times, floors = build.grown_steps(cfg, out)
-            said = "\n".join(throughput.notes(times, floors))
-            write(out, growth.table(axes, times, floors), throughput.raw(times, floors), said)
+            write(out, growth.table(axes, times, floors), throughput.raw(times, floors), throughput.method(times))
             draw(out, growth.figure(axes, times, floors))
             return growth.scores(axes, times, floors)
         case Question.quality:
             found = build.agreements(cfg)
             write(out, throughput.agreed(found), throughput.curves(found), "")
             return throughput.agreement_scores(found)
-        case other:
-            raise AssertionError(other)
+        case Question.harvest:
+            found = build.speeds(cfg, out)
+            share = build.waiting(cfg, out / "training")
+            said = f"Training lost {share:.1%} of its time to waiting for rows."
+            write(out, speeds.table(found), speeds.raw(found), said)
+            return speeds.scores(found) | {"waiting_share": share}
 
 
 def write(out: Path, table: "DataFrame", raw: "DataFrame", notes: str) -> None:

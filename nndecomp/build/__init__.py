@@ -50,6 +50,7 @@ from nndecomp.build.settings import (
 from nndecomp.build.sharing import Job, check_sharing, trained_together
 from nndecomp.build.tail import diagnosed, one_decomposition, reported_tail
 from nndecomp.build.throughput import grown_steps, timed_steps
+from nndecomp.build.throughput_harvest import speeds, waiting
 from nndecomp.build.throughput_quality import agreements
 from nndecomp.build.toy_settings import toy_settings
 from nndecomp.build.toys import decomposed_toy, recovered_toy, trained_toy
@@ -114,6 +115,7 @@ __all__ = [
     "scales",
     "scores",
     "source",
+    "speeds",
     "starts",
     "store",
     "stream",
@@ -137,5 +139,6 @@ __all__ = [
     "equal_compute",
     "parameters_at_compute",
     "with_tokens",
+    "waiting",
     "world",
 ]

@@ -74,6 +74,17 @@ class Floor:
         return 2 * self.copied / median(self.copy)
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Of one way of doing what others of its group do, the first of them what can hardly be done faster."""
+
+    group: str
+    name: str
+    amount: int  # of each round
+    unit: str
+    wall: list[float]  # seconds
+
+
 def encoder_flops(size: SizeConfig) -> int:
     return 2 * size.batch_tokens * size.d_model * size.n_features * size.n_layers
 

@@ -97,14 +97,16 @@ def notes(times: Sequence[Times], floors: Sequence[Floor]) -> list[str]:
             f"{floor.copy_rate / 1e9:.1f} GB/s. A step with k active features needs {flops / 1e9:.3g} GFLOP, "
             f"{encoder_flops(floor.size) / flops:.0%} of it in the encoder; a dense one {dense_flops(floor.size) / 1e9:.3g}."
         )
+    return [*said, method(times)]
+
+
+def method(times: Sequence[Times]) -> str:
     versions = dict.fromkeys(f"{each.subject.library} {each.subject.version}" for each in times)
     n_rounds = len(times[0].wall)
-    said.append(
+    return (
         f"Medians over {n_rounds} rounds with intervals (see `nndecomp/evaluation/timing.py`); ratios are taken within rounds; memory is "
-        f"the most a process had at any time, beyond what it had before its system was made. "
-        f"{', '.join(versions)}."
+        f"the most a process had at any time, beyond what it had before its system was made. {', '.join(versions)}."
     )
-    return said
 
 
 def scores(times: Sequence[Times], floors: Sequence[Floor]) -> dict[str, float]:
