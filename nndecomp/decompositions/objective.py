@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.activations.statistics import SiteScale
 from nndecomp.config.schema import Dead, Decoder, DecompositionConfig, PreActivationLoss, TrainingConfig
-from nndecomp.decompositions import archetypal, losses, terms
+from nndecomp.decompositions import archetypal, kernels, losses, terms
 from nndecomp.decompositions.activation_base import Selecting
 from nndecomp.decompositions.codes import Encoding
 from nndecomp.decompositions.dead import dead_features, families, fired_anywhere
@@ -136,13 +136,14 @@ class DictionaryObjective(nn.Module):
         }
 
     @torch.no_grad()
+    @torch.no_grad()
     def before_step(self) -> None:
         """With unit-norm decoders: take away the part of the gradient that normalising would undo."""
         if not self.cfg.unit_norm_decoder:
             return
         for bank in self.dictionary.banks:
             assert bank.W_dec.grad is not None, f"group {bank.name} has no gradient; before_step follows backward"
-            bank.W_dec.grad -= (bank.W_dec.grad * bank.W_dec).sum(1, keepdim=True) * bank.W_dec
+            kernels.project_out(bank.W_dec.grad, bank.W_dec)
 
     def clipped_apart(self) -> list[tuple[list[nn.Parameter], float]]:
         return []
