@@ -154,11 +154,13 @@ def run(cfg: RunConfig, out: Path, main: Main, overrides: Sequence[str], begun: 
 
 
 def set_process(cfg: RunConfig) -> None:
-    """The state a process has only one of: seeds, threads, and what computes the hot path."""
+    """The state a process has only one of: seeds, threads, heap, and what computes the hot path."""
     import torch  # late: takes seconds
 
+    from nndecomp.training.heap import retain_heap
     from nndecomp.training.randomness import set_seed
 
+    retain_heap()
     set_seed(cfg.seed)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
