@@ -165,6 +165,19 @@ def test_sums_and_dots_equal_dense_products(backend: Backend, d, columns):
     assert torch.equal(bounds.diff(), torch.bincount(indices, minlength=50)) and bounds[0] == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_are_normalised_and_gradients_made_tangent(backend: Backend):
+    W, grad = (torch.randn(9, 37, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    grad[2] = 0
+    unit = W / W.norm(dim=1, keepdim=True)
+    backend.normalise(W)
+    torch.testing.assert_close(W, unit)
+    tangent = grad - (grad * unit).sum(1, keepdim=True) * unit
+    backend.project_out(grad, W)
+    torch.testing.assert_close(grad, tangent)
+    assert float((grad * W).sum(1).abs().max()) < 1e-5 and not grad[2].any()
+
+
 def gradients(backend: BackendKind, **settings) -> tuple[float, dict[str, Tensor]]:
     with backends.using(backend):
         made = objective(**settings)

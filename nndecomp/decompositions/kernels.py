@@ -45,16 +45,6 @@ def dots(rows: Float[Tensor, "token d"], table: Float[Tensor, "feature d"], supp
     return backends.of(rows).dots(rows, table, support)
 
 
-def project_out(gradient: Float[Tensor, "feature d"], W: Float[Tensor, "feature d"]) -> None:
-    """gradient[f] -= (gradient[f] . W[f]) W[f], in place: what changes the length of a row of norm 1 is taken away.
-
-    On the CPU some rows at a time, so that what is read twice is in the cache: one pass over memory, and no fresh tensors.
-    """
-    rows = max(1, _BLOCK // W.shape[1]) if W.device.type == "cpu" else len(W)
-    for g, w in zip(gradient.split(rows), W.split(rows), strict=True):
-        g.addcmul_((g * w).sum(1, keepdim=True), w, value=-1)
-
-
 class _ActivePre(torch.autograd.Function):
     @staticmethod
     def forward(

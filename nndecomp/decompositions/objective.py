@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.activations.statistics import SiteScale
 from nndecomp.config.schema import Dead, Decoder, DecompositionConfig, PreActivationLoss, TrainingConfig
-from nndecomp.decompositions import archetypal, kernels, losses, terms
+from nndecomp.decompositions import archetypal, backends, losses, terms
 from nndecomp.decompositions.activation_base import Selecting
 from nndecomp.decompositions.codes import Encoding
 from nndecomp.decompositions.dead import dead_features, families, fired_anywhere
@@ -143,7 +143,8 @@ class DictionaryObjective(nn.Module):
             return
         for bank in self.dictionary.banks:
             assert bank.W_dec.grad is not None, f"group {bank.name} has no gradient; before_step follows backward"
-            kernels.project_out(bank.W_dec.grad, bank.W_dec)
+            bank.W_dec.grad = bank.W_dec.grad.contiguous()
+            backends.of(bank.W_dec).project_out(bank.W_dec.grad, bank.W_dec)
 
     def clipped_apart(self) -> list[tuple[list[nn.Parameter], float]]:
         return []
@@ -229,4 +230,4 @@ class DictionaryObjective(nn.Module):
     @torch.no_grad()
     def _normalise_decoder(self) -> None:
         for bank in self.dictionary.banks:
-            bank.W_dec.div_(bank.W_dec.norm(dim=1, keepdim=True))
+            backends.of(bank.W_dec).normalise(bank.W_dec)

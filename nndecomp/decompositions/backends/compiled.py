@@ -47,8 +47,9 @@ def _compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
+@cache
 def _library_path() -> Path:
-    """Of this source, compiler and processor: another one has a library of its own."""
+    """Of this source, compiler and processor: another one has a library of its own. A process stays with what it found first."""
     processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     flags = [line for line in processor.splitlines() if line.startswith(("flags", "Features", "model name"))]
     made_of = "\n".join((SOURCE.read_text(), *FLAGS, _compiler(), *flags))

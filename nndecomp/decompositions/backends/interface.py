@@ -59,6 +59,14 @@ class Backend(Protocol):
         """rows[token] . table[feature] at every slot. `rows` may be a span of columns."""
         ...
 
+    def project_out(self, grad: Float[Tensor, "feature d"], W: Float[Tensor, "feature d"]) -> None:
+        """grad -= (grad . W) W of every row: what is left is tangent to the sphere, where rows of W have norm 1."""
+        ...
+
+    def normalise(self, W: Float[Tensor, "feature d"]) -> None:
+        """Divides every row by its norm."""
+        ...
+
     def feature_sums(
         self, support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"]
     ) -> Float[Tensor, "feature d"]:

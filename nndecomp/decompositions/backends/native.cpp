@@ -360,4 +360,29 @@ void feature_sums(const float* rows, long row_stride, const int64_t* tokens, con
   }
 }
 
+// g[r] -= (g[r] . w[r]) w[r] for every row.
+void project_out(float* g, const float* w, long n, long d, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (long r = 0; r < n; ++r) {
+    float* __restrict a = g + r * d;
+    const float* b = w + r * d;
+    float along = 0;
+    for (long i = 0; i < d; ++i) along += a[i] * b[i];
+    if (along == 0) continue;
+    for (long i = 0; i < d; ++i) a[i] -= along * b[i];
+  }
+}
+
+// w[r] /= |w[r]| for every row.
+void normalise(float* w, long n, long d, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (long r = 0; r < n; ++r) {
+    float* a = w + r * d;
+    float squares = 0;
+    for (long i = 0; i < d; ++i) squares += a[i] * a[i];
+    const float norm = std::sqrt(squares);
+    for (long i = 0; i < d; ++i) a[i] /= norm;
+  }
+}
+
 }  // extern "C"

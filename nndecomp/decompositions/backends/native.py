@@ -161,6 +161,16 @@ class Native:
         )
         return out
 
+    def project_out(self, grad: Float[Tensor, "feature d"], W: Float[Tensor, "feature d"]) -> None:
+        assert grad.is_contiguous() and W.is_contiguous(), (
+            f"rows side by side, not of strides {grad.stride()}, {W.stride()}"
+        )
+        library().project_out(pointer(grad), pointer(W), *map(LONG, W.shape), threads())
+
+    def normalise(self, W: Float[Tensor, "feature d"]) -> None:
+        assert W.is_contiguous(), f"rows side by side, not of strides {W.stride()}"
+        library().normalise(pointer(W), *map(LONG, W.shape), threads())
+
     def feature_sums(
         self, support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"]
     ) -> Float[Tensor, "feature d"]:

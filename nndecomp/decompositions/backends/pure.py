@@ -57,6 +57,12 @@ class Pure:
             rows.contiguous(), table, support.indices, support.offsets[:-1], support.tokens, 0
         )
 
+    def project_out(self, grad: Float[Tensor, "feature d"], W: Float[Tensor, "feature d"]) -> None:
+        grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
+
+    def normalise(self, W: Float[Tensor, "feature d"]) -> None:
+        W.div_(W.norm(dim=1, keepdim=True))
+
     def feature_sums(
         self, support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"]
     ) -> Float[Tensor, "feature d"]:

@@ -10,6 +10,7 @@ The kernels are checked through Triton's interpreter and compiled for compute ca
 been measured. What there is to tune stands in capitals at the top of each file.
 """
 
+from nndecomp.decompositions.backends.pure import Pure
 from nndecomp.decompositions.backends.triton_gather import add_bags, by_feature, dots, feature_sums
 from nndecomp.decompositions.backends.triton_threshold import BatchTopK, above
 from nndecomp.decompositions.backends.triton_topk import topk
@@ -20,6 +21,8 @@ class Triton:
 
     def __init__(self) -> None:
         self.batchtopk = BatchTopK()
+
+    project_out, normalise = Pure.project_out, Pure.normalise
 
     topk = staticmethod(topk)
     above = staticmethod(above)
