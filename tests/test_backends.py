@@ -281,14 +281,3 @@ def test_without_a_compiler_native_is_refused_and_auto_says_so_once(monkeypatch,
     finally:
         compiled.obstacle.cache_clear()
         compiled.available.cache_clear()
-
-
-def test_projected_gradients_are_orthogonal_to_their_rows_and_else_unchanged():
-    """More rows than a block has."""
-    draw = torch.Generator().manual_seed(0)
-    W, gradient = (torch.randn(1000, 300, generator=draw) for _ in range(2))
-    W /= W.norm(dim=1, keepdim=True)
-    projected = gradient.clone()
-    kernels.project_out(projected, W)
-    torch.testing.assert_close((projected * W).sum(1), torch.zeros(1000))
-    torch.testing.assert_close(gradient - projected, (gradient * W).sum(1, keepdim=True) * W)

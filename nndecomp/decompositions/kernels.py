@@ -20,9 +20,6 @@ from torch import Tensor
 from nndecomp.decompositions import backends
 from nndecomp.decompositions.support import Selected, Support
 
-# Numbers of a block of rows that is worked on in the cache.
-_BLOCK = 1 << 16
-
 
 def bag(
     support: Support, table: Float[Tensor, "feature d"], weights: Float[Tensor, "slot"]

@@ -12,6 +12,7 @@ from nndecomp.decompositions.support import Selected, Support, split_slots
 
 # Batch-wise selection estimates its threshold from every 17th entry: a prime, so that all features are sampled.
 _STRIDE = 17
+_CACHED = 1 << 16  # numbers of rows that are worked on together
 
 
 class Pure:
@@ -58,7 +59,10 @@ class Pure:
         )
 
     def project_out(self, grad: Float[Tensor, "feature d"], W: Float[Tensor, "feature d"]) -> None:
-        grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
+        """On the CPU some rows at a time, so that what is read twice is in the cache."""
+        rows = max(1, _CACHED // W.shape[1]) if W.device.type == "cpu" else len(W)
+        for g, w in zip(grad.split(rows), W.split(rows), strict=True):
+            g.addcmul_((g * w).sum(1, keepdim=True), w, value=-1)
 
     def normalise(self, W: Float[Tensor, "feature d"]) -> None:
         W.div_(W.norm(dim=1, keepdim=True))
