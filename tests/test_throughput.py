@@ -1,6 +1,7 @@
 """Timing training steps: who makes which step, on what, and what is made of the times."""
 
 import copy
+import json
 import logging
 from contextlib import closing
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiment_parts import REPO, start
 
 from nndecomp.build import throughput, throughput_steps, throughput_systems
 from nndecomp.build.throughput_harvest import cut, in_turn
@@ -155,7 +157,7 @@ def test_systems_that_are_not_there_are_said_once_and_refused_when_named(
 def test_growth_is_the_exponent_of_the_fitted_power():
     assert growth.slope({x: [3e-3 * x**1.5] * 3 for x in (1, 2, 4, 8)}) == pytest.approx(1.5)
     subject = Subject("nndecomp", "1", "topk", "torch")
-    times = [Times(subject, f"k={k}", [0.01 * k] * 2, [0.01] * 2, 1) for k in (1, 2)]
+    times = [Times(subject, f"k={k}", [0.01 * k] * 2, [0.01] * 2, 1, [0.01] * 2) for k in (1, 2)]
     axes = {"k": {"k=1": 1, "k=2": 2}}
     assert growth.scores(axes, times, []) == {"slope/k/torch": pytest.approx(1)}
     assert list(growth.table(axes, times, []).slope) == ["1.00", ""]
@@ -210,14 +212,35 @@ def test_the_fast_step_learns_and_selects_as_dense_products_do(cfg: RunConfig, a
 
 
 def test_the_table_divides_by_what_does_the_same():
-    ours = Times(Subject("nndecomp", "1", "topk", "torch"), "own", [0.010, 0.012], [0.01, 0.01], 2**20)
-    theirs = Times(Subject("sae-lens", "2", "topk"), "own", [0.040, 0.048], [0.04, 0.04], 3 * 2**20)
-    other = Times(Subject("sae-lens", "2", "jumprelu"), "own", [0.040, 0.048], [0.04, 0.04], 3 * 2**20)
     floor = Floor("own", SIZE, [0.004, 0.004], [0.001, 0.002], [0.1, 0.1], 8, 2)
+    ours = Times(Subject("nndecomp", "1", "topk", "torch"), "own", [0.010, 0.012], [0.01, 0.01], 2**20, floor.wall)
+    theirs = Times(Subject("sae-lens", "2", "topk"), "own", [0.040, 0.048], [0.04, 0.04], 3 * 2**20, floor.wall)
+    other = Times(Subject("sae-lens", "2", "jumprelu"), "own", [0.040, 0.048], [0.04, 0.04], 3 * 2**20, floor.wall)
     table = report.table([ours, theirs, other], [floor])
     assert list(table["times ours, torch"]) == ["-", "4.00 [4.00, 4.00]", "-"], "ours has no jumprelu here"
     assert list(table["floor / step"]) == ["50%", "12%", "12%"]
-    found = report.scores([ours, theirs, other], [floor])
+    found = report.scores([ours, theirs, other])
     assert found["own/sae-lens_topk/times_torch"] == pytest.approx(4)
     assert found["own/nndecomp_torch_topk/floor_share"] == pytest.approx(0.5)
     assert {FLOOR, *found} and len(report.raw([ours, theirs, other], [floor])) == 3 * 2 + 3 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("question", "settings"),
+    [
+        ("clt", []),
+        ("growth", ["throughput.factors=[0.5,1]", "throughput.layers=[2]", "throughput.rounds=2"]),
+        ("quality", []),
+        ("harvest", ["throughput.at=[own]"]),
+    ],
+)
+def test_every_question_is_answered_at_the_smallest_scale(question: str, settings: list[str], tmp_path: Path):
+    run = REPO / "experiments" / "exp_020_throughput" / "run.py"
+    result = start(run, f"question={question}", "+scale=smoke", f"hydra.run.dir={tmp_path}", *settings)
+    assert result.status == 0, result.err
+    found = json.loads((tmp_path / "scores.json").read_text())
+    if question == "quality":
+        assert all(value <= 1e-4 for name, value in found.items() if name.endswith("/deviation"))
+        assert all(value >= 0.9999 for name, value in found.items() if name.endswith("/agreement"))
+    assert len((tmp_path / "table.md").read_text().splitlines()) > 3

@@ -29,7 +29,7 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
             said = "\n".join(throughput.notes(times, floors))
             write(out, throughput.table(times, floors), throughput.raw(times, floors), said)
             draw(out, throughput.figure(times, floors))
-            return throughput.scores(times, floors)
+            return throughput.scores(times)
         case Question.growth:
             axes, times, floors = build.grown_steps(cfg, out)
             write(out, growth.table(axes, times, floors), throughput.raw(times, floors), throughput.method(times))

@@ -9,7 +9,7 @@ from pathlib import Path
 from nndecomp.build.throughput_steps import COPIED
 from nndecomp.build.throughput_systems import OURS, answering, systems
 from nndecomp.build.throughput_worker import FLOOR, LAYERS, STEP, Worker, size_of
-from nndecomp.config.schema import RunConfig, SizeConfig, ThroughputConfig, require
+from nndecomp.config.schema import Activation, RunConfig, SizeConfig, ThroughputConfig, require
 from nndecomp.config.throughput import OWN
 from nndecomp.evaluation.timing import Floor, Times
 from nndecomp.training.progress import Progress
@@ -48,9 +48,13 @@ def timed_steps(cfg: RunConfig, out: Path) -> tuple[list[Times], list[Floor]]:
     names = chosen(throughput)
     times, floors = [], []
     for size in throughput.at:
-        found = rounds(out, [(size, name) for name in (*names, FLOOR)], throughput)
-        floors.append(_floor(found.pop((size, FLOOR)), size_of(cfg, size), size))
-        times += [_times(name, each, size) for (_, name), each in found.items()]
+        same = [[name for name in names if systems()[name].activation is each] for each in Activation]
+        # What is compared is timed together, and no more: every system keeps its memory while it waits.
+        for number, group in enumerate(each for each in same if each):
+            found = rounds(out, [(size, name) for name in (*group, FLOOR)], throughput)
+            floor = _floor(found.pop((size, FLOOR)), size_of(cfg, size), size)
+            floors += [floor] if number == 0 else []
+            times += [_times(name, each, size, floor) for (_, name), each in found.items()]
     return times, floors
 
 
@@ -64,8 +68,9 @@ def grown_steps(cfg: RunConfig, out: Path) -> tuple[dict[str, dict[str, int]], l
     times, floors = [], []
     for sizes in axes.values():
         found = rounds(out, [(size, name) for size in sizes for name in (*chosen(throughput), FLOOR)], throughput)
-        floors += [_floor(found.pop((size, FLOOR)), size_of(cfg, size), size) for size in sizes]
-        times += [_times(name, each, size) for (size, name), each in found.items()]
+        own = {size: _floor(found.pop((size, FLOOR)), size_of(cfg, size), size) for size in sizes}
+        times += [_times(name, each, size, own[size]) for (size, name), each in found.items()]
+        floors += own.values()
     return axes, times, floors
 
 
@@ -106,9 +111,9 @@ def rounds(out: Path, pairs: Sequence[Pair], cfg: ThroughputConfig) -> dict[Pair
     return {pair: Found(each, peaks[pair], threads[pair]) for pair, each in answers.items()}
 
 
-def _times(name: str, found: Found, size: str) -> Times:
+def _times(name: str, found: Found, size: str, floor: Floor) -> Times:
     cpu = [each["cpu"][STEP] for each in found.answers]
-    return Times(systems()[name].subject, size, found.wall(STEP), cpu, found.peak_bytes)
+    return Times(systems()[name].subject, size, found.wall(STEP), cpu, found.peak_bytes, floor.wall)
 
 
 def _floor(found: Found, size: SizeConfig, name: str) -> Floor:

@@ -40,6 +40,7 @@ class Times:
     wall: list[float]  # seconds
     cpu: list[float]  # seconds of all threads of its process
     peak_bytes: int  # of the process, beyond what it had before the system was made
+    floor: list[float]  # seconds of the floor in the same rounds
 
 
 @dataclass(frozen=True)

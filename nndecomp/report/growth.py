@@ -80,8 +80,8 @@ def scores(axes: Growth, times: Sequence[Times], floors: Sequence[Floor]) -> dic
 def figure(axes: Growth, times: Sequence[Times], floors: Sequence[Floor]) -> Figure:
     """A panel an axis, both axes logarithmic."""
     with matplotlib.rc_context(style.RC):
-        drawn = Figure(figsize=(2.6 * len(axes) + 0.4, 2.9), layout="constrained")
-        panels = drawn.subplots(1, len(axes), squeeze=False)[0]
+        drawn = Figure(figsize=(2.3 * len(axes) + 0.5, 3.1), layout="constrained")
+        panels = drawn.subplots(1, len(axes), sharey=True, squeeze=False)[0]
         for panel, (name, axis) in zip(panels, axes.items(), strict=True):
             for system, line in lines(axis, times, floors).items():
                 _line(panel, system, line)
@@ -90,7 +90,7 @@ def figure(axes: Growth, times: Sequence[Times], floors: Sequence[Floor]) -> Fig
             panel.set_xticks(sorted(axis.values()), [f"{value:,}" for value in sorted(axis.values())], rotation=30)
             panel.minorticks_off()
             panel.set_xlabel(LABELS[name])
-            panel.legend(loc="upper left")
+            panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.4)
         panels[0].set_ylabel("ms a training step")
     return drawn
 

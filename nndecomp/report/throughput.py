@@ -1,6 +1,6 @@
 """How long a training step is, of this library and of others -> a table, a figure and scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 import pandas
@@ -52,7 +52,7 @@ def table(times: Sequence[Times], floors: Sequence[Floor]) -> pandas.DataFrame:
         for each in at_size(times, floor.name):
             milliseconds = middle([1000 * seconds for seconds in each.wall])
             line = {
-                "size": floor.name,
+                "size": floor.name if each is at_size(times, floor.name)[0] else "",
                 "system": str(each.subject),
                 "ms a step": str(milliseconds),
                 "ms of CPU": number(1000 * middle(each.cpu).value),
@@ -63,7 +63,7 @@ def table(times: Sequence[Times], floors: Sequence[Floor]) -> pandas.DataFrame:
                 line[f"times ours, {backend}"] = (
                     str(ratio(each.wall, own.wall)) if own is not None and own is not each else "-"
                 )
-            line["floor / step"] = f"{ratio(floor.wall, each.wall).value:.0%}"
+            line["floor / step"] = f"{ratio(each.floor, each.wall).value:.0%}"
             line["memory (MiB)"] = f"{each.peak_bytes / 2**20:,.0f}"
             lines.append(line)
     return pandas.DataFrame(lines)
@@ -109,15 +109,14 @@ def method(times: Sequence[Times]) -> str:
     )
 
 
-def scores(times: Sequence[Times], floors: Sequence[Floor]) -> dict[str, float]:
+def scores(times: Sequence[Times]) -> dict[str, float]:
     """Milliseconds of each, how often ours goes into another's, and the floor's share of ours."""
     found: dict[str, float] = {}
-    of_size: Mapping[str, Floor] = {floor.name: floor for floor in floors}
     for each in times:
         name = f"{each.size}/{str(each.subject).replace(' ', '_')}"
         found[f"{name}/ms"] = 1000 * middle(each.wall).value
         if each.subject.library == OURS:
-            found[f"{name}/floor_share"] = ratio(of_size[each.size].wall, each.wall).value
+            found[f"{name}/floor_share"] = ratio(each.floor, each.wall).value
             found[f"{name}/peak_bytes"] = each.peak_bytes
             continue
         for backend in own_backends(times):
