@@ -39,7 +39,7 @@ def agreements(cfg: RunConfig) -> list[Agreement]:
                 continue  # its thresholds are started for one group
             settings = configured(cfg.decomposition, own[0], size)
             made = objective(settings, size, batches[0], cfg.seed)
-            dense = dense_losses(made, batches, training)
+            dense = dense_losses(made, batches, training), dense_losses(made, batches, training, reverse=True)
             for system in own:
                 logger.info("%s, %s: %d steps of %s", named, size, training.n_steps, system.subject)
                 with backends.using(BackendKind(system.backend)):

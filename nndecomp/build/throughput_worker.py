@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from nndecomp.build.throughput_steps import floor, rows, trainer
-from nndecomp.build.throughput_systems import systems
+from nndecomp.build.throughput_systems import OURS, systems
 from nndecomp.config.compose import load
 from nndecomp.config.schema import BackendKind, RunConfig, SizeConfig
 from nndecomp.config.throughput import OWN
 from nndecomp.decompositions import backends
+from nndecomp.training.heap import retain_heap
 
 Parts = Mapping[str, Callable[[], object]]
 FLOOR = "floor"
@@ -79,10 +80,15 @@ def serve(config: str, size_name: str, name: str) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    if name != FLOOR:
-        importlib.import_module(systems()[name].module)
-        if systems()[name].backend is not None:
-            backends.use(BackendKind(systems()[name].backend))
+    if name == FLOOR:
+        retain_heap()
+    else:
+        system = systems()[name]
+        importlib.import_module(system.module)
+        if system.library == OURS or cfg.throughput.tuned:
+            retain_heap()  # as a run of this library does
+        if system.backend is not None:
+            backends.use(BackendKind(system.backend))
     size = size_of(cfg, size_name)
     batches = rows(size, cfg.throughput.n_batches, cfg.seed)
     forget_peak()

@@ -61,6 +61,7 @@ class ThroughputConfig:
     n_batches: int = 4  # different ones, in turn
     factors: list[float] = field(default_factory=list)  # question=growth: of features, k and batch, each by itself
     layers: list[int] = field(default_factory=list)  # question=growth: of a cross-layer transcoder
+    tuned: bool = False  # the others' processes keep freed memory, too, as this library's do; false: as they are found
     trace: bool = False  # write a Chrome trace of a step of each of this library's systems
 
     def __post_init__(self) -> None:

@@ -27,22 +27,35 @@ class Agreement:
     backend: str
     losses: list[float]
     dense_losses: list[float]
+    reversed_losses: list[float]  # of dense products that sum in another order
     n_both: int  # pairs active in both, over all steps
     n_either: int
 
     @property
     def deviation(self) -> float:
-        return max(abs(a - b) / b for a, b in zip(self.losses, self.dense_losses, strict=True))
+        return _deviation(self.losses, self.dense_losses)
+
+    @property
+    def rounding(self) -> float:
+        """What rounding alone makes of it."""
+        return _deviation(self.reversed_losses, self.dense_losses)
 
     @property
     def share(self) -> float:
         return self.n_both / self.n_either
 
 
+def _deviation(losses: Sequence[float], dense: Sequence[float]) -> float:
+    return max(abs(a - b) / b for a, b in zip(losses, dense, strict=True))
+
+
 def dense_losses(
-    made: DictionaryObjective, batches: Sequence[Float[Tensor, "token width"]], training: TrainingConfig
+    made: DictionaryObjective,
+    batches: Sequence[Float[Tensor, "token width"]],
+    training: TrainingConfig,
+    reverse: bool = False,
 ) -> list[float]:
-    dense = DenseDictionary(made, training)
+    dense = DenseDictionary(made, training, reverse)
     return [dense.step(batches[step % len(batches)], step) for step in range(training.n_steps)]
 
 
@@ -50,11 +63,11 @@ def agreement(
     made: DictionaryObjective,
     batches: Sequence[Float[Tensor, "token width"]],
     training: TrainingConfig,
-    dense: Sequence[float],
+    dense: tuple[list[float], list[float]],
     rows: str,
     backend: str,
 ) -> Agreement:
-    """Trains `made`; `dense` are the losses of `dense_losses` from the same weights."""
+    """Trains `made`; `dense` are the losses of `dense_losses` from the same weights, forwards and in reverse."""
     trainee = Trainee("fast", made.train(), replace(training, log_every=1))
     losses, both, either = [], 0, 0
     for step in range(training.n_steps):
@@ -63,7 +76,7 @@ def agreement(
         both, either = both + int((fast & slow).sum()), either + int((fast | slow).sum())
         trainee.step(batch, step)
         losses.append(trainee.window.means(step + 1)["loss"])
-    return Agreement(rows, made.cfg.activation.value, backend, losses, list(dense), both, either)
+    return Agreement(rows, made.cfg.activation.value, backend, losses, *dense, both, either)
 
 
 @torch.no_grad()

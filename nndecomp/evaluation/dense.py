@@ -41,7 +41,11 @@ def active(pre: Dense, activation: Activation, k: int | None, theta: Tensor | No
 
 
 class DenseDictionary:
-    def __init__(self, made: DictionaryObjective, training: TrainingConfig) -> None:
+    """`reverse`: products sum over coordinates from the last to the first, which changes nothing but rounding: how far two exact
+    ways of training drift apart, because an entry that ties with another falls out on one side."""
+
+    def __init__(self, made: DictionaryObjective, training: TrainingConfig, reverse: bool = False) -> None:
+        self.reverse = reverse
         cfg, self.made, self.training = made.cfg, made, training
         assert cfg.code_normalisation is CodeNormalisation.none and cfg.penalty in (Penalty.none, Penalty.l0)
         self.cfg, self.k = cfg, cfg.k
@@ -63,7 +67,7 @@ class DenseDictionary:
         y_hat, n_active = self.b_dec.repeat(len(y), 1), torch.zeros(())
         for g, bank in enumerate(self.made.dictionary.banks):
             read = x[:, bank.reads] - (self.b_dec[bank.reads] if self.cfg.centre_input else 0)
-            pre = read @ self.W_enc[g].T + self.b_enc[g]
+            pre = (read.flip(1) @ self.W_enc[g].flip(1).T if self.reverse else read @ self.W_enc[g].T) + self.b_enc[g]
             theta = self.theta[g] if self.theta else None
             on = active(pre.detach(), self.cfg.activation, self.k, theta).float()
             codes = pre * on

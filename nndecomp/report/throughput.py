@@ -171,6 +171,7 @@ def agreed(found: Sequence[Agreement]) -> pandas.DataFrame:
                 "first loss": f"{each.losses[0]:.4f}",
                 "last loss": f"{each.losses[-1]:.4f}",
                 "largest deviation from dense": f"{each.deviation:.1e}",
+                "dense, summed in another order": f"{each.rounding:.1e}",
                 f"within {TOLERANCE:.0e}": "yes" if each.deviation <= TOLERANCE else "no",
                 "selection agrees": f"{each.share:.7f}",
                 "pairs that differ": f"{each.n_either - each.n_both:,} of {each.n_either:,}",
@@ -181,13 +182,15 @@ def agreed(found: Sequence[Agreement]) -> pandas.DataFrame:
 
 
 def curves(found: Sequence[Agreement]) -> pandas.DataFrame:
-    """Both losses at every step."""
+    """All losses at every step."""
     steps = [
-        (each.rows, each.activation, each.backend, step, loss, dense)
+        (each.rows, each.activation, each.backend, step, *losses)
         for each in found
-        for step, (loss, dense) in enumerate(zip(each.losses, each.dense_losses, strict=True))
+        for step, losses in enumerate(zip(each.losses, each.dense_losses, each.reversed_losses, strict=True))
     ]
-    return pandas.DataFrame(steps, columns=["rows", "activation", "backend", "step", "loss", "dense_loss"])
+    return pandas.DataFrame(
+        steps, columns=["rows", "activation", "backend", "step", "loss", "dense_loss", "reversed_loss"]
+    )
 
 
 def agreement_scores(found: Sequence[Agreement]) -> dict[str, float]:
