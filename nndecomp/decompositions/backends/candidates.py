@@ -46,12 +46,11 @@ class Candidates:
         self,
         of: Affine,
         operands: "Operands",
-        above: float,
+        above: float = -inf,
         threshold: Float[Tensor, "feature"] | None = None,
     ) -> int:
-        """The same of one group, by products in 8 bits, and what may be selected once more in float32: z c exceeds `above`, or the
-        threshold of each feature; of a token of which k are asked, k entries reach `above` (else it has none). Returns how many there
-        were to compute once more."""
+        """The same of one group, by products in 8 bits, and what may be selected once more in float32: where no k is asked for, z c
+        exceeds `above`, or the threshold of each feature. Returns how many there were to compute once more."""
         x, W = operands
         for rows, own in _blocks(self.n_tokens, len(of.W)):
             n_rows, n = rows.stop - rows.start, own.stop - own.start
@@ -68,17 +67,9 @@ class Candidates:
             *(pointer(of.b), pointer(of.c), pointer(threshold), FLOAT(above), LONG(of.x.shape[1]), threads()),
         )
 
-    def short(self) -> bool:
-        """Whether some token has fewer than k."""
-        return bool(library().candidates_short(self.handle))
-
     def append(self, part: "Candidates", base: int) -> None:
         """What was found of a group whose first feature has the number `base`."""
         library().candidates_append(self.handle, part.handle, LONG(base), threads())
-
-    def smallest(self) -> float:
-        """Of all keys, once they have been selected."""
-        return library().candidates_smallest(self.handle)
 
     def __len__(self) -> int:
         return library().candidates_count(self.handle)
@@ -151,7 +142,8 @@ class Quantised:
 def quantised(of: Affine) -> Operands | None:
     """x and W, with each dimension divided in one and multiplied in the other so that both have it equally large: a dimension that is
     large in x alone would leave the others no bits. Null where something is not finite."""
-    size_x, size_W = (torch.linalg.vector_norm(each, dim=0) / len(each) ** 0.5 for each in (of.x, of.W))
+    # Of some rows: it need not be exact.
+    size_x, size_W = (each[:: 1 + len(each) // 256].square().mean(0).sqrt() for each in (of.x, of.W))
     fold = torch.where((size_x > 0) & (size_W > 0), (size_W / size_x).sqrt(), 1.0)
     x, W = Quantised.of(of.x, fold), Quantised.of(of.W, 1 / fold)
     return (x, W) if bool(torch.isfinite(x.norm).all() & torch.isfinite(W.norm).all()) else None

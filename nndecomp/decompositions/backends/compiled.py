@@ -73,8 +73,7 @@ def library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_library_path()))
     library.candidates_new.restype = ctypes.c_void_p
     library.candidates_rescore.restype = ctypes.c_long
-    library.candidates_count.restype = library.candidates_short.restype = ctypes.c_long
-    library.candidates_smallest.restype = ctypes.c_float
+    library.candidates_count.restype = ctypes.c_long
     library.candidates_keep.restype = ctypes.c_float
     return library
 

@@ -7,12 +7,16 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #include <limits>
 #include <vector>
 
 namespace {
 
-constexpr long CHUNK = 32;  // entries that are compared at once, before any of them is looked at alone
+constexpr long CHUNK = 32;    // entries that are compared at once, before any of them is looked at alone
+constexpr long GROUPS = 128;  // of a first block, whose maxima say what the k-th largest entry is at least
 
 struct Entry {
   float key;  // z c, by which entries are compared; while screened, what it is at most
@@ -46,6 +50,59 @@ void keep_largest(Row& row, long k) {
   if (row.threshold != row.threshold) row.threshold = std::numeric_limits<float>::infinity();
 }
 
+enum class Than { not_less, not_less_or_equal, greater };  // of what is not a number, the first two hold
+
+template <Than than>
+inline bool hit(float key, float t) {
+  return than == Than::greater ? key > t : than == Than::not_less ? !(key < t) : !(key <= t);
+}
+
+// Of CHUNK keys, one bit each.
+template <Than than>
+inline uint32_t hits(const float* key, float t) {
+#ifdef __AVX512F__
+  constexpr int how = than == Than::greater ? _CMP_GT_OQ : than == Than::not_less ? _CMP_NLT_UQ : _CMP_NLE_UQ;
+  const __m512 at = _mm512_set1_ps(t);
+  const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(key + 16), at, how);
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(key), at, how) | (high << 16);
+#else
+  int any = 0;
+  for (long i = 0; i < CHUNK; ++i) any |= hit<than>(key[i], t);
+  if (!any) return 0;
+  uint32_t mask = 0;
+  for (long i = 0; i < CHUNK; ++i) mask |= uint32_t(hit<than>(key[i], t)) << i;
+  return mask;
+#endif
+}
+
+// add(j) for every key that is (see `than`) the threshold, which add may raise.
+template <Than than, typename Add>
+inline void scan(const float* key, long n, const float& threshold, const Add& add) {
+  long j = 0;
+  for (; j + CHUNK <= n; j += CHUNK)
+    for (uint32_t mask = hits<than>(key + j, threshold); mask != 0; mask &= mask - 1) {
+      const long i = j + __builtin_ctz(mask);
+      if (hit<than>(key[i], threshold)) add(i);
+    }
+  for (; j < n; ++j)
+    if (hit<than>(key[j], threshold)) add(j);
+}
+
+// What the k-th largest of n keys is at least: k of the groups j, j + GROUPS, ... have a maximum as large. -infinity where there are
+// too few groups.
+float at_least(const float* keys, long n, long k) {
+  const float none = -std::numeric_limits<float>::infinity();
+  if (k > GROUPS || n < 2 * GROUPS) return none;
+  float largest[GROUPS];
+  for (long g = 0; g < GROUPS; ++g) largest[g] = keys[g];
+  for (long j = GROUPS; j + GROUPS <= n; j += GROUPS)
+    for (long g = 0; g < GROUPS; ++g) largest[g] = keys[j + g] > largest[g] ? keys[j + g] : largest[g];
+  for (long g = 0; g < GROUPS; ++g)
+    if (largest[g] != largest[g]) return none;
+  std::nth_element(largest, largest + (k - 1), largest + GROUPS, [](float a, float b) { return a > b; });
+  return largest[k - 1];
+}
+
 // Drops what cannot be among the k largest: its key is at most less than what k others are at least.
 void drop_hopeless(Row& row, long k) {
   if (long(row.entries.size()) <= k) return;
@@ -62,24 +119,34 @@ void drop_hopeless(Row& row, long k) {
 
 extern "C" {
 
-// Rows in 8 bits: q = round(x * fold / scale), scale = max |x * fold| / 127; norm = |x * fold|. fold (null: 1) is of columns.
+// Rows in 8 bits: q = round(x * fold / scale), scale = max |x * fold| / 127; norm = |x * fold|. fold is of columns.
 void quantise(const float* x, long stride, long n, long d, const float* fold, int8_t* q, float* scale, float* norm, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (long r = 0; r < n; ++r) {
     const float* row = x + r * stride;
-    float largest = 0, squares = 0;
+    int8_t* out = q + r * d;
+    int32_t largest = 0;  // as bits, whose order is that of sizes; what is not a number is larger than all
+    float squares = 0;
     for (long i = 0; i < d; ++i) {
-      const float v = fold == nullptr ? row[i] : row[i] * fold[i];
-      const float size = v < 0 ? -v : v;
-      largest = size > largest ? size : largest;
+      const float v = row[i] * fold[i];
+      int32_t bits;
+      std::memcpy(&bits, &v, sizeof bits);
+      bits &= 0x7fffffff;
+      largest = bits > largest ? bits : largest;
       squares += v * v;
     }
-    scale[r] = largest > 0 ? largest / 127 : 1;
+    float size;
+    std::memcpy(&size, &largest, sizeof size);
+    scale[r] = size == 0 ? 1 : size / 127;
     norm[r] = std::sqrt(squares);
+    if (!(size < std::numeric_limits<float>::infinity())) continue;  // nobody uses rows that are not finite
     const float by = 1 / scale[r];
     for (long i = 0; i < d; ++i) {
-      const float v = fold == nullptr ? row[i] : row[i] * fold[i];
-      q[r * d + i] = int8_t(int32_t(v * by + (v < 0 ? -0.5f : 0.5f)));
+      // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number.
+      const float rounded = (row[i] * fold[i] * by + 12582912.0f);
+      int32_t bits;
+      std::memcpy(&bits, &rounded, sizeof bits);
+      out[i] = int8_t(bits);
     }
   }
 }
@@ -92,46 +159,41 @@ void candidates_screen(void* handle, const int32_t* product, long n, long first,
                        long n_rows, int threads) {
   auto& found = *static_cast<Candidates*>(handle);
   const long k = found.k;
+  const float widest_scale = *std::max_element(w_scale, w_scale + n), widest_norm = *std::max_element(w_norm, w_norm + n);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (long r = 0; r < n_rows; ++r) {
     Row& row = found.rows[first_row + r];
     if (row.most == 0) row.most = std::max(4 * k, k + 64);
     const int32_t* p = product + r * n;
     const float xs = x_scale[first_row + r], xq = q * x_norm[first_row + r], sq = q * xs;
-    float key[CHUNK];
-    for (long j = 0; j < n; j += CHUNK) {
-      const long m = std::min(CHUNK, n - j);
-      int hit = 0;
-      if (m == CHUNK && c == nullptr && theta == nullptr) {
-        const float t = row.threshold;
-        for (long i = 0; i < CHUNK; ++i)
-          key[i] = w_scale[j + i] * (xs * float(p[j + i]) + xq) + sq * w_norm[j + i] + bias[j + i];
-        for (long i = 0; i < CHUNK; ++i) hit |= !(key[i] < t);
-      } else {
-        for (long i = 0; i < m; ++i) {
-          key[i] = w_scale[j + i] * (xs * float(p[j + i]) + xq) + sq * w_norm[j + i] + bias[j + i];
-          if (c != nullptr) key[i] *= c[j + i];
-          hit |= !(key[i] < (theta == nullptr ? row.threshold : theta[j + i]));
-        }
-      }
-      if (!hit) continue;
-      for (long i = 0; i < m; ++i) {
-        if (key[i] < (theta == nullptr ? row.threshold : theta[j + i])) continue;
-        float width = 2 * (w_scale[j + i] * xq + sq * w_norm[j + i]);
-        if (c != nullptr) width *= c[j + i];
-        row.entries.push_back({key[i], width, int32_t(first + j + i)});
-        if (k > 0 && long(row.entries.size()) >= row.most) {
-          drop_hopeless(row, k);
-          row.most = std::max(row.most, 2 * long(row.entries.size()));
-        }
-      }
+    thread_local std::vector<float> keys;
+    keys.resize(n);
+    float* key = keys.data();
+    for (long j = 0; j < n; ++j) key[j] = w_scale[j] * (xs * float(p[j]) + xq) + sq * w_norm[j] + bias[j];
+    if (c != nullptr) {
+      for (long j = 0; j < n; ++j) key[j] *= c[j];
+    } else if (k > 0 && first == 0 && row.threshold == -std::numeric_limits<float>::infinity()) {
+      row.threshold = at_least(key, n, k) - 2 * (widest_scale * xq + sq * widest_norm);
     }
+    const auto add = [&](long j) {
+      const float width = 2 * (w_scale[j] * xq + sq * w_norm[j]);
+      row.entries.push_back({key[j], c == nullptr ? width : width * c[j], int32_t(first + j)});
+      if (k > 0 && long(row.entries.size()) >= row.most) {
+        drop_hopeless(row, k);
+        row.most = std::max(row.most, 2 * long(row.entries.size()));
+      }
+    };
+    if (theta != nullptr) {
+      for (long j = 0; j < n; ++j)
+        if (!(key[j] < theta[j])) add(j);
+      continue;
+    }
+    scan<Than::not_less>(key, n, row.threshold, add);
   }
 }
 
 // Ends screening: keys and z in full precision. bias and c are of all features. Entries stay whose key exceeds `above`, or theta of
-// their feature; of a row of which k are asked, all stay if k of them reach `above`, and else none: it has to be looked through again.
-// Returns how many entries there were.
+// their feature; of rows of which k are asked, all. Returns how many entries there were.
 long candidates_rescore(void* handle, const float* x, long x_stride, const float* W, long W_stride, const float* bias, const float* c,
                         const float* theta, float above, long d, int threads) {
   auto& found = *static_cast<Candidates*>(handle);
@@ -149,11 +211,7 @@ long candidates_rescore(void* handle, const float* x, long x_stride, const float
       entry.z = sum + bias[entry.feature];
       entry.key = c == nullptr ? entry.z : entry.z * c[entry.feature];
     }
-    if (found.k > 0) {
-      const auto reach = std::count_if(row.entries.begin(), row.entries.end(), [&](const Entry& e) { return e.key >= above; });
-      if (reach < found.k) row.entries.clear();
-      continue;
-    }
+    if (found.k > 0) continue;
     row.entries.erase(std::remove_if(row.entries.begin(), row.entries.end(),
                                      [&](const Entry& e) { return !(e.key > (theta == nullptr ? above : theta[e.feature])); }),
                       row.entries.end());
@@ -169,53 +227,46 @@ void* candidates_new(long n_rows, long k, float threshold) {
 
 void candidates_free(void* handle) { delete static_cast<Candidates*>(handle); }
 
-// One block of features: pre [rows, n] without bias. theta, of each feature, goes before the threshold of the row.
-void candidates_add(void* handle, const float* pre, long n, long first, const float* bias, const float* c, const float* theta,
-                    long first_row, long n_rows, int threads) {
+// One block of features: pre [rows, n] without bias, to which it is added. theta, of each feature, goes before the threshold of the row.
+void candidates_add(void* handle, float* pre, long n, long first, const float* bias, const float* c, const float* theta, long first_row,
+                    long n_rows, int threads) {
   auto& found = *static_cast<Candidates*>(handle);
   const long k = found.k, most = std::max(4 * k, k + 64);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (long r = 0; r < n_rows; ++r) {
     Row& row = found.rows[first_row + r];
-    const float* p = pre + r * n;
-    float z[CHUNK], key[CHUNK];
-    for (long j = 0; j < n; j += CHUNK) {
-      const long m = std::min(CHUNK, n - j);
-      int hit = 0;
-      if (m == CHUNK && c == nullptr && theta == nullptr) {
-        const float t = row.threshold;
-        for (long i = 0; i < CHUNK; ++i) key[i] = p[j + i] + bias[j + i];
-        if (k > 0) {
-          for (long i = 0; i < CHUNK; ++i) hit |= !(key[i] <= t);
-        } else {
-          for (long i = 0; i < CHUNK; ++i) hit |= key[i] > t;
-        }
-        if (!hit) continue;
-        std::memcpy(z, key, sizeof z);
-      } else {
-        for (long i = 0; i < m; ++i) {
-          z[i] = p[j + i] + bias[j + i];
-          key[i] = c == nullptr ? z[i] : z[i] * c[j + i];
-          const float t = theta == nullptr ? row.threshold : theta[j + i];
-          hit |= k > 0 ? !(key[i] <= t) : key[i] > t;
-        }
-        if (!hit) continue;
+    float* z = pre + r * n;
+    for (long j = 0; j < n; ++j) z[j] += bias[j];
+    float* key = z;
+    if (c != nullptr) {
+      thread_local std::vector<float> keys;
+      keys.resize(n);
+      key = keys.data();
+      for (long j = 0; j < n; ++j) key[j] = z[j] * c[j];
+    }
+    if (k > 0 && first == 0 && row.threshold == -std::numeric_limits<float>::infinity())
+      row.threshold = std::nextafter(at_least(key, n, k), row.threshold);
+    const auto add = [&](long j) {
+      row.entries.push_back({key[j], z[j], int32_t(first + j)});
+      if (k > 0 && long(row.entries.size()) >= most) keep_largest(row, k);
+    };
+    if (theta != nullptr) {
+      for (long j = 0; j < n; j += CHUNK) {
+        const long end = std::min(j + CHUNK, n);
+        int any = 0;
+        for (long i = j; i < end; ++i) any |= key[i] > theta[i];
+        if (any)
+          for (long i = j; i < end; ++i)
+            if (key[i] > theta[i]) add(i);
       }
-      for (long i = 0; i < m; ++i) {
-        const float t = theta == nullptr ? row.threshold : theta[j + i];
-        if (k > 0 ? !(key[i] <= t) : key[i] > t) {
-          row.entries.push_back({key[i], z[i], int32_t(first + j + i)});
-          if (k > 0 && long(row.entries.size()) >= most) keep_largest(row, k);
-        }
-      }
+      continue;
+    }
+    if (k > 0) {
+      scan<Than::not_less_or_equal>(key, n, row.threshold, add);
+    } else {
+      scan<Than::greater>(key, n, row.threshold, add);
     }
   }
-}
-
-// How many rows have fewer than k entries, because their threshold was too high.
-long candidates_short(void* handle) {
-  const auto& found = *static_cast<Candidates*>(handle);
-  return std::count_if(found.rows.begin(), found.rows.end(), [&](const Row& row) { return long(row.entries.size()) < found.k; });
 }
 
 // Adds the entries of `part`, whose first feature has the number `base`.
@@ -226,13 +277,6 @@ void candidates_append(void* handle, const void* part, long base, int threads) {
   for (long r = 0; r < long(found.rows.size()); ++r)
     for (const auto& entry : others.rows[r].entries)
       found.rows[r].entries.push_back({entry.key, entry.z, int32_t(base + entry.feature)});
-}
-
-float candidates_smallest(void* handle) {
-  float least = std::numeric_limits<float>::infinity();
-  for (const auto& row : static_cast<Candidates*>(handle)->rows)
-    for (const auto& entry : row.entries) least = std::min(least, entry.key);
-  return least;
 }
 
 long candidates_count(void* handle) {

@@ -11,7 +11,6 @@ cannot be, that is said once and PyTorch's own operations take its place.
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
-from math import inf
 
 import torch
 from jaxtyping import Float, Int
@@ -31,8 +30,8 @@ _CHECKED, _ROUNDING = 8, 1e-5
 
 
 class Native:
-    """Where thresholds start is remembered from batch to batch. It saves work and changes nothing: a guess that turns out too high is
-    given up, and all is computed again in the same blocks.
+    """Where the threshold of a batch was is remembered for the next one. It saves work and changes nothing: a guess that turns out too
+    high is given up, and all is computed again in the same blocks.
 
     screens: products of the encoder in 8 bits first; see `candidates`. Some tokens of every batch are looked through in float32. If
     anything was missed there, the whole batch is done in float32, so that what is computed depends on the batch alone.
@@ -41,7 +40,7 @@ class Native:
     def __init__(self, screens: bool = False) -> None:
         self.name = "native_int8" if screens else "native"
         self.screens = screens
-        # By encoder: k (0: of a batch) and the smallest key that the last batch kept.
+        # By encoder: the smallest key that the last batch kept.
         self._last: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def topk(self, of: Affine, k: int) -> Selected:
@@ -55,18 +54,12 @@ class Native:
         return replace(self._topk(of, k, None) if agreement < 1 else found, agreement=agreement)
 
     def _topk(self, of: Affine, k: int, operands: Operands | None) -> Selected:
-        last_k, last = self._last.get(of.W) or (k, -inf)
-        for guess in (last if last_k == k else -inf, -inf):
-            with candidates(len(of.x), k, guess) as found:
-                if operands is None:
-                    found.add(of)
-                else:
-                    found.screen(of, operands, guess)
-                if not found.short():
-                    selected, least = found.selected(len(of.W)), found.smallest()
-                    self._last[of.W] = (k, least - _CAUTION * abs(least))
-                    return selected
-        raise AssertionError(f"{len(of.W)} features of {len(of.x)} tokens have fewer than k={k} entries")
+        with candidates(len(of.x), k) as found:
+            if operands is None:
+                found.add(of)
+            else:
+                found.screen(of, operands)
+            return found.selected(len(of.W))
 
     def batchtopk(self, of: Sequence[Affine], n_slots: int) -> list[Selected]:
         banks = list(map(_contiguous, of))
@@ -84,8 +77,8 @@ class Native:
 
     def _batchtopk(self, of: Sequence[Affine], n_slots: int, operands: Sequence[Operands] | None) -> list[Selected]:
         n_tokens, widths = len(of[0].x), [len(each.W) for each in of]
-        last_k, last = self._last.get(of[0].W) or (1, 0.0)
-        guess = max(0.0, _sampled(of, n_slots) if last_k else (1 - _CAUTION) * last)
+        last = self._last.get(of[0].W)
+        guess = max(0.0, _sampled(of, n_slots) if last is None else (1 - _CAUTION) * last)
         while True:
             with candidates(n_tokens, 0, guess) as found:
                 for i, (each, base) in enumerate(zip(of, accumulate(widths, initial=0), strict=False)):
@@ -98,7 +91,7 @@ class Native:
                 if len(found) < n_slots and guess > 0:
                     guess = guess / 2 if guess > 1e-6 else 0.0
                     continue
-                self._last[of[0].W] = (0, found.keep(n_slots))
+                self._last[of[0].W] = found.keep(n_slots)
                 together = found.selected(sum(widths))
                 break
         if len(of) == 1:
@@ -123,7 +116,7 @@ class Native:
             if operands is None:
                 found.add(of, threshold)
             else:
-                found.screen(of, operands, -inf, threshold)
+                found.screen(of, operands, threshold=threshold)
             return found.selected(len(of.W))
 
     def by_feature(
