@@ -10,6 +10,7 @@ sorted by feature, which encoder and decoder share.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +43,21 @@ def dots(rows: Float[Tensor, "token d"], table: Float[Tensor, "feature d"], supp
     return backends.of(rows).dots(rows, table, support)
 
 
+def _precision(of: Tensor) -> AbstractContextManager[Any]:
+    """The autocast that is on, to enter again: gradients are rounded as values were."""
+    device = of.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device))
+
+
 class _ActivePre(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, support: Support
     ) -> Float[Tensor, "slot"]:
         ctx.save_for_backward(x, W_enc)
-        ctx.support = support
+        ctx.support, ctx.precision = support, _precision(x)
         return values.to(W_enc.dtype, copy=True)
 
     @staticmethod
@@ -57,8 +66,9 @@ class _ActivePre(torch.autograd.Function):
         x, W_enc = ctx.saved_tensors
         support: Support = ctx.support
         need_x, need_W, need_b, *_ = ctx.needs_input_grad
-        grad_x = bag(support, W_enc, grad) if need_x else None
-        grad_W = feature_sums(support, x, grad) if need_W else None
+        with ctx.precision:
+            grad_x = bag(support, W_enc, grad) if need_x else None
+            grad_W = feature_sums(support, x, grad) if need_W else None
         grad_b = grad.new_zeros(support.n_features).index_add_(0, support.indices, grad) if need_b else None
         return grad_x, grad_W, grad_b, None, None
 
@@ -89,7 +99,7 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, start: Tensor, written: Sequence[Written], *parts: Tensor) -> Float[Tensor, "token d_writes"]:
         ctx.save_for_backward(*parts)
-        ctx.written = written
+        ctx.written, ctx.precision = written, _precision(start)
         y = start.expand(written[0].support.n_tokens, -1).clone(memory_format=torch.contiguous_format)
         for each, values, W_dec in zip(written, parts[::2], parts[1::2], strict=True):
             backends.of(W_dec).add_bags(y[:, each.columns], each.support, values, W_dec)
@@ -101,12 +111,13 @@ class _Decode(torch.autograd.Function):
         parts, written = ctx.saved_tensors, ctx.written
         grad_start = grad.sum(0) if ctx.needs_input_grad[0] else None
         own: list[Tensor | None] = []
-        for i, each in enumerate(written):
-            values, W_dec = parts[2 * i : 2 * i + 2]
-            arrived = grad[:, each.columns]
-            # grad_values[s] = grad[token of s] . W_dec[feature of s], without gathering rows
-            own.append(dots(arrived, W_dec, each.support) if ctx.needs_input_grad[2 + 2 * i] else None)
-            own.append(feature_sums(each.support, arrived, values) if ctx.needs_input_grad[3 + 2 * i] else None)
+        with ctx.precision:
+            for i, each in enumerate(written):
+                values, W_dec = parts[2 * i : 2 * i + 2]
+                arrived = grad[:, each.columns]
+                # grad_values[s] = grad[token of s] . W_dec[feature of s], without gathering rows
+                own.append(dots(arrived, W_dec, each.support) if ctx.needs_input_grad[2 + 2 * i] else None)
+                own.append(feature_sums(each.support, arrived, values) if ctx.needs_input_grad[3 + 2 * i] else None)
         return grad_start, None, *own
 
 

@@ -5,7 +5,8 @@
     feature_sums  out[f]   = sum over slots s of feature f of weights[s] * rows[token of s]
 
 A row is read in blocks of columns, each a few wide vector loads; the last block is masked, so that no width is padded to a
-power of two. A sum is added up in float32 and in the order of its slots, whatever the block: no atomic additions.
+power of two. A sum is added up in float32 and in the order of its slots, whatever the block: no atomic additions. Under
+autocast rows are read in its type, half as many bytes.
 """
 
 # pyright: reportMissingImports=false
@@ -17,7 +18,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nndecomp.decompositions.backends.triton_launch import kernel, n_blocks, power_of_two
+from nndecomp.decompositions.backends.triton_launch import kernel, n_blocks, power_of_two, rounded
 from nndecomp.decompositions.support import Support
 
 # Tuning. Columns of a row that a program holds at most; slots whose rows are under way at once; warps of a program.
@@ -127,15 +128,15 @@ def add_bags(
     assert out.stride(1) == 1, f"rows of numbers side by side, not of stride {out.stride()}"
     if not out.numel():
         return
-    (n_tokens, d), table = out.shape, _rows(table)
+    (n_tokens, d), table = out.shape, _rows(rounded(table))
     operands = (out, support.indices, table, support.offsets, weights.contiguous(), d, out.stride(0), table.stride(0))
     columns = _columns(d)
     _bag_kernel[(n_tokens, n_blocks(d, columns))](*operands, COLUMNS=columns, AHEAD=AHEAD, num_warps=WARPS)
 
 
 def dots(rows: Float[Tensor, "token d"], table: Float[Tensor, "feature d"], support: Support) -> Float[Tensor, "slot"]:
-    rows, table = _rows(rows), _rows(table)
     out = rows.new_empty(len(support.indices))
+    rows, table = _rows(rounded(rows)), _rows(rounded(table))
     if out.numel():
         operands = (out, rows, table, support.indices, support.offsets, rows.shape[1], rows.stride(0), table.stride(0))
         _dots_kernel[(len(rows),)](*operands, SLOTS=4 * AHEAD, COLUMNS=_columns(rows.shape[1]), num_warps=4 * WARPS)
@@ -154,7 +155,7 @@ def by_feature(
 def feature_sums(
     support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"], piece: int = PIECE
 ) -> Float[Tensor, "feature d"]:
-    rows, weights, d = _rows(rows), weights.contiguous(), rows.shape[1]
+    rows, weights, d = _rows(rounded(rows)), weights.contiguous(), rows.shape[1]
     order, bounds = support.by_feature(by_feature)
     out = weights.new_empty(support.n_features, d)
     if not out.numel():

@@ -26,13 +26,17 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PRECISION = {"highest": "tf32x3", "high": "tf32", "medium": "ieee"}
 
 
+def rounded(tensor: Tensor) -> Tensor:
+    """In the type of autocast where that is on. Anew each time: optimisers write to weights without counting it as a new version."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
+
 def operands(of: Affine) -> tuple[Tensor, Tensor, str]:
     """x and W as the tensor cores take them, rows side by side, and Triton's name of the precision of their product."""
-    x, W, device = of.x, of.W, of.x.device.type
+    x, W = rounded(of.x), rounded(of.W)
     wanted = torch.get_float32_matmul_precision()
-    if torch.is_autocast_enabled(device):
-        x, W = (each.to(torch.get_autocast_dtype(device)) for each in (x, W))
-    elif x.dtype is torch.float32 and wanted == "medium":
+    if x.dtype is torch.float32 and wanted == "medium":
         x, W = x.bfloat16(), W.bfloat16()
     assert x.dtype == W.dtype and x.dtype in TYPES, (
         f"x is {x.dtype} and W is {W.dtype}; Triton kernels here take {TYPES}"
