@@ -48,7 +48,7 @@ def _line(result: Result, label: str, condition: str) -> dict[str, str]:
         "masks": f"{name}: {label}",
         "KL (nats)": _interval(result[f"kl_{condition}"]),
         "CE increase (nats)": _interval(increase),
-        "CE unrecovered": "-" if math.isnan(share) else f"{share:.1%}",
+        "CE unrecovered": "-" if math.isnan(share) else f"{share:z.1%}",
     }
 
 
