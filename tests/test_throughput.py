@@ -199,20 +199,16 @@ def test_the_fast_step_learns_and_selects_as_dense_products_do(cfg: RunConfig, a
     system = throughput_systems.systems()[f"nndecomp_torch_{activation}"]
     settings = throughput_steps.configured(cfg.decomposition, system, SIZE)
     batches = throughput_steps.rows(SIZE, 3, seed=0)
-    training = replace(cfg.training, n_tokens=8 * SIZE.batch_tokens, batch_tokens=SIZE.batch_tokens, lr=1e-2)
+    training = replace(cfg.training, n_tokens=8 * SIZE.batch_tokens, batch_tokens=SIZE.batch_tokens, lr=5e-3)
     made = throughput_steps.objective(settings, SIZE, batches[0], seed=0)
     dense = dense_losses(made, batches, training), dense_losses(made, batches, training, reverse=True)
     same = agreement(copy.deepcopy(made), batches, training, dense, "synthetic", "torch")
-    assert (
-        same.deviation < 1e-6 > same.rounding
-        and same.share == 1.0
-        and same.n_either > 8 * 0.9 * SIZE.k * SIZE.batch_tokens
-    )
+    assert same.deviation <= max(1e-4, 2 * same.rounding) and same.rounding < 0.01
+    assert same.share == 1.0 and same.n_either > 8 * 0.9 * SIZE.k * SIZE.batch_tokens
     assert same.losses[-1] < 0.95 * same.losses[0], "it learns, so there is something to agree about"
     other = throughput_steps.objective(settings, SIZE, batches[0], seed=1)
-    assert agreement(other, batches, training, dense, "synthetic", "torch").deviation > 1e-3, (
-        "of other weights it differs"
-    )
+    differs = agreement(other, batches, training, dense, "synthetic", "torch").deviation
+    assert differs > 0.02, f"from other weights losses are others, not within {differs}"
 
 
 def test_the_table_divides_by_what_does_the_same():
