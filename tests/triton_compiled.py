@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nndecomp.decompositions.backends import triton_collect, triton_gather, triton_topk
+from nndecomp.decompositions.backends import triton_collect, triton_gather, triton_rows, triton_topk
 
 HALF, FULL, LONG, INT = "*bf16", "*fp32", "*i64", "*i32"
 # Types of arguments by name; others are int32, and those of what is multiplied are a kernel's own.
@@ -45,13 +45,15 @@ KERNELS = [
     (triton_collect._collect_kernel, FULL, {"PER_FEATURE": False, **STRIP, **EXACT}, 8),
     (triton_collect._histogram_kernel, HALF, {**BITS, **STRIP, **TILE}, 8),
     (triton_collect._refine_kernel, HALF, BITS, 4),
+    (triton_rows._project_kernel, FULL, {"COLUMNS": triton_rows.COLUMNS}, 4),
+    (triton_rows._normalise_kernel, FULL, {"COLUMNS": triton_rows.COLUMNS}, 4),
 ]
 
 
 def spilled(kernel, numbers: str, constants: dict, num_warps: int) -> int:
     """Bytes that a thread stores because it has no more registers, as the assembler says."""
     names = kernel.arg_names
-    known = TYPES | dict.fromkeys(("x", "W", "table", "rows", "out"), numbers)
+    known = TYPES | dict.fromkeys(("x", "W", "grad", "table", "rows", "out"), numbers)
     types = {name: "constexpr" if name in constants else known.get(name, "i32") for name in names}
     # What Triton finds out by itself at a launch: addresses and widths are multiples of 16.
     aligned = [
