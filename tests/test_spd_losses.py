@@ -1,6 +1,7 @@
 """What trains components and importances, on numbers that can be followed by hand or against loops."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ from tiny_models import N_VOCAB
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from nndecomp.config.compose import compose
+from nndecomp.config.registry import CONF
 from nndecomp.config.spd import (
     ImportanceConfig,
     ImportanceKind,
@@ -519,3 +522,23 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], sentence
     losses = changes.pop("losses", {"r": loss_term(Masks.ones)})
     with pytest.raises(SettingError, match=sentence):
         settings(losses, **changes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "maps", "losses"),
+    [
+        ("~spd.losses.stochastic_subset +spd.losses={pgd: {coefficient: 0.5, masks: pgd}}", 2, {"pgd": 0.5}),
+        ("+spd.losses={pgd: {coefficient: 0.5, masks: pgd}}", 2, {"stochastic_subset": 1.0, "pgd": 0.5}),
+        ("spd.losses.stochastic_subset.coefficient=0.5", 2, {"stochastic_subset": 0.5}),
+        ("+spd.maps={h.*.attn.o_proj: 64}", 3, {"stochastic_subset": 1.0}),
+        ("spd.maps={h.*.mlp.c_fc: 64}", 2, {"stochastic_subset": 1.0}),
+        ("+spd.maps={h.*.mlp.c_fc.pre_identity: 64}", 3, {"stochastic_subset": 1.0}),
+    ],
+)
+def test_the_command_lines_of_the_presets_readme_do_what_it_says(setting: str, maps: int, losses: dict[str, float]):
+    asked = re.split(r" (?=[+~])", setting)
+    text = (CONF / "spd" / "README.md").read_text()
+    assert all(each in text for each in asked)
+    spd = compose("exp_023_train_spd_pile", ["+scale=tiny", *asked]).spd
+    assert spd is not None and len(spd.maps) == maps
+    assert {name: each.coefficient for name, each in spd.losses.items()} == losses
