@@ -11,10 +11,11 @@ decomposition was asked to explain. Predictions are scored wherever the next tok
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nndecomp.activations.sequences import RowsOrSequences, beside
@@ -111,6 +112,11 @@ class CleanRun:
     whole: dict[Site, WholeSequences]  # all positions, of the sites where they were asked for
     log_p: dict[str | None, Float[Tensor, "batch pos vocab"]]
 
+    @cached_property
+    def top(self) -> dict[str | None, Int[Tensor, "batch pos"]]:
+        """The most likely next token, looked for once for all that is compared with this run."""
+        return {model: log_p.argmax(-1) for model, log_p in self.log_p.items()}
+
     def read_by(self, decomposition: Decomposition) -> RowsOrSequences:
         """What it reads, as its `forward` takes it."""
         sites = decomposition.read_layout.sites
@@ -155,7 +161,7 @@ class Predictions:
 
     ce    -log Q(next token), nats
     kl    KL(P || Q) with P the clean run's prediction and Q this run's, nats
-    agree the most likely token is the same
+    agree no token is more likely in this run than the clean run's most likely one
     """
 
     def __init__(self, n_seqs: int, model: str | None = None) -> None:
@@ -169,7 +175,8 @@ class Predictions:
             log_p, log_q = log_p[:-1], log_q[:-1]
             ce = -log_q.gather(-1, batch.tokens[i, 1:, None])[:, 0]
             kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-            agree = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+            # The largest value is found much faster than its place.
+            agree = (log_q.gather(-1, clean.top[self.model][i, :-1, None])[:, 0] == log_q.amax(-1)).float()
             sums = torch.stack([ce, kl, agree, torch.ones_like(ce)]) * predicts
             assert sums.isfinite().all(), f"predictions of held-out sequence {seq} are not finite numbers"
             # Some devices have no float64: sums over one sequence in float32 there, over sequences in float64 here.
