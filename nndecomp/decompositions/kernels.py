@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nndecomp.decompositions import backends
+from nndecomp.decompositions import backends, row_gradients
 from nndecomp.decompositions.support import Selected, Support
 
 
@@ -68,7 +68,7 @@ class _ActivePre(torch.autograd.Function):
         need_x, need_W, need_b, *_ = ctx.needs_input_grad
         with ctx.precision:
             grad_x = bag(support, W_enc, grad) if need_x else None
-            grad_W = feature_sums(support, x, grad) if need_W else None
+            grad_W = row_gradients.gradient(W_enc, support, x, grad) if need_W else None
         grad_b = grad.new_zeros(support.n_features).index_add_(0, support.indices, grad) if need_b else None
         return grad_x, grad_W, grad_b, None, None
 
@@ -117,7 +117,8 @@ class _Decode(torch.autograd.Function):
                 arrived = grad[:, each.columns]
                 # grad_values[s] = grad[token of s] . W_dec[feature of s], without gathering rows
                 own.append(dots(arrived, W_dec, each.support) if ctx.needs_input_grad[2 + 2 * i] else None)
-                own.append(feature_sums(each.support, arrived, values) if ctx.needs_input_grad[3 + 2 * i] else None)
+                needed = ctx.needs_input_grad[3 + 2 * i]
+                own.append(row_gradients.gradient(W_dec, each.support, arrived, values) if needed else None)
         return grad_start, None, *own
 
 

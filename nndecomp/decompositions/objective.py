@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.activations.statistics import SiteScale
 from nndecomp.config.schema import Dead, Decoder, DecompositionConfig, PreActivationLoss, TrainingConfig
-from nndecomp.decompositions import archetypal, backends, losses, terms
+from nndecomp.decompositions import archetypal, backends, losses, row_gradients, terms
 from nndecomp.decompositions.activation_base import Selecting
 from nndecomp.decompositions.codes import Encoding
 from nndecomp.decompositions.dead import dead_features, families, fired_anywhere
@@ -142,9 +142,7 @@ class DictionaryObjective(nn.Module):
         if not self.cfg.unit_norm_decoder:
             return
         for bank in self.dictionary.banks:
-            assert bank.W_dec.grad is not None, f"group {bank.name} has no gradient; before_step follows backward"
-            bank.W_dec.grad = bank.W_dec.grad.contiguous()
-            backends.of(bank.W_dec).project_out(bank.W_dec.grad, bank.W_dec)
+            row_gradients.make_tangent(bank.W_dec)
 
     def clipped_apart(self) -> list[tuple[list[nn.Parameter], float]]:
         return []

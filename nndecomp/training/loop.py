@@ -18,12 +18,14 @@ import torch
 from torch import nn
 
 from nndecomp.config.schema import DType, TrainingConfig
+from nndecomp.decompositions.row_gradients import collected
 from nndecomp.training.log import Log
 from nndecomp.training.objective import Objective, Stream
 from nndecomp.training.optimisers import build_optimiser, clip_gradients, forget, gradient_norms, set_learning_rate
 from nndecomp.training.preemption import preemption
 from nndecomp.training.progress import Clock, Progress, Waits
 from nndecomp.training.randomness import Lanes, random_state, random_state_kept, set_random_state
+from nndecomp.training.row_adam import RowAdam, by_rows
 from nndecomp.training.schedules import learning_rate
 from nndecomp.training.state import check_facts, read_facts, read_state, save_state, saved_steps, shapes, tidy
 from nndecomp.training.window import Window, check_parameters
@@ -55,18 +57,23 @@ class Trainee:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             loss, terms = self.objective.loss(batch, step / self.cfg.n_steps)
         self.optimiser.zero_grad()
-        loss.backward()
-        self.objective.before_step()
+        with collected(by_rows(self.optimiser, self.parameters)) as rows:
+            loss.backward()
+            rows.settle()
+            self.objective.before_step()
 
-        norms = gradient_norms(parameters)
+        norms = gradient_norms(parameters, rows)
         self.window.add(loss, terms, norms)
         for own, limit in self.objective.clipped_apart():
             clip_gradients(own, gradient_norms(own).norm(), limit)
-            norms = gradient_norms(parameters)
+            norms = gradient_norms(parameters, rows)
+        clip = torch.ones((), device=self.device)
         if self.cfg.clip_norm is not None:
-            clip_gradients(parameters, norms.norm(), self.cfg.clip_norm)
+            clip = clip_gradients(parameters, norms.norm(), self.cfg.clip_norm)
 
         set_learning_rate(self.optimiser, learning_rate(step, self.cfg))
+        if isinstance(self.optimiser, RowAdam):
+            self.optimiser.step_rows(rows, clip)
         self.optimiser.step()
         self.objective.after_step()
         for parameter, rows in self.objective.take_resets():

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimiser
 
 from nndecomp.config.schema import Optimizer, TrainingConfig
+from nndecomp.decompositions.row_gradients import RowGradients
+from nndecomp.training.row_adam import RowAdam
 
 # pyright: reportPrivateImportUsage=false
 # Jordan et al. 2024, Muon: the quintic whose five-fold iterate sends (0, 1] into about (0.7, 1.2).
@@ -46,9 +48,9 @@ def build_optimiser(
     match cfg.optimizer:
         # One kernel for the whole update; on this code's devices (cpu, cuda, mps) all floating-point parameters support it.
         case Optimizer.adam:
-            return torch.optim.Adam(made, lr=cfg.lr, betas=(beta1, beta2), fused=True)
+            return RowAdam(made, cfg.lr, (beta1, beta2), decoupled=False)
         case Optimizer.adamw:
-            return torch.optim.AdamW(made, lr=cfg.lr, betas=(beta1, beta2), fused=True)
+            return RowAdam(made, cfg.lr, (beta1, beta2), decoupled=True)
         case Optimizer.sign:
             return SignedMomentum(made, cfg.lr, beta1)
         case Optimizer.muon:
@@ -151,8 +153,15 @@ def forget(optimiser: TorchOptimiser, parameter: nn.Parameter, rows: Int[Tensor,
             remembered[rows] = 0
 
 
-def gradient_norms(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " parameter"]:
-    """|g| of each parameter, in fp32 and on the device; 0 where the loss did not reach a parameter."""
+def gradient_norms(parameters: Sequence[nn.Parameter], rows: RowGradients | None = None) -> Float[Tensor, " parameter"]:
+    """|g| of each parameter, in fp32 and on the device; 0 where the loss did not reach a parameter. `rows`: gradients that were put
+    aside."""
+    if rows is not None:
+        norms = gradient_norms(parameters)
+        for i, p in enumerate(parameters):
+            if p in rows:
+                norms[i] = rows.norm(p)
+        return norms
     reached = [i for i, p in enumerate(parameters) if p.grad is not None]
     norms = torch.zeros(len(parameters), device=parameters[0].device)
     if reached:
@@ -164,7 +173,10 @@ def gradient_norms(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " parame
     return norms
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], norm: Float[Tensor, ""], clip_norm: float) -> None:
-    """g <- g * min(1, clip_norm / norm), without asking the host; `norm` is the norm of all gradients together."""
+def clip_gradients(parameters: Sequence[nn.Parameter], norm: Float[Tensor, ""], clip_norm: float) -> Float[Tensor, ""]:
+    """g <- g * min(1, clip_norm / norm), without asking the host; `norm` is the norm of all gradients together. Returns the factor."""
     gradients = [g for p in parameters if (g := p.grad) is not None]
-    torch._foreach_mul_(gradients, (clip_norm / norm).clamp(max=1.0))
+    factor = (clip_norm / norm).clamp(max=1.0)
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
+    return factor

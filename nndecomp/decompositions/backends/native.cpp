@@ -115,9 +115,97 @@ void drop_hopeless(Row& row, long k) {
   row.entries.erase(std::remove_if(row.entries.begin(), row.entries.end(), [t](const Entry& e) { return e.key < t; }), row.entries.end());
 }
 
+// y [d] += sum over the places q = begin .. end - 1 in `order` of weights[s] * rows[tokens[s]], s = order[q].
+inline void add_slots(const float* rows, long stride, const int64_t* tokens, const int64_t* order, const float* weights, long begin,
+                      long end, long d, float* __restrict y) {
+  long q = begin;
+  for (; q + 4 <= end; q += 4) {
+    const long s0 = order[q], s1 = order[q + 1], s2 = order[q + 2], s3 = order[q + 3];
+    const float *x0 = rows + tokens[s0] * stride, *x1 = rows + tokens[s1] * stride;
+    const float *x2 = rows + tokens[s2] * stride, *x3 = rows + tokens[s3] * stride;
+    const float v0 = weights[s0], v1 = weights[s1], v2 = weights[s2], v3 = weights[s3];
+    for (long i = 0; i < d; ++i) y[i] += v0 * x0[i] + v1 * x1[i] + v2 * x2[i] + v3 * x3[i];
+  }
+  for (; q < end; ++q) {
+    const float* x = rows + tokens[order[q]] * stride;
+    const float v = weights[order[q]];
+    for (long i = 0; i < d; ++i) y[i] += v * x[i];
+  }
+}
+
+// A gradient of rows of W that was never written down: of row f the sum over the slots s of feature f of weights[s] * rows[tokens[s]],
+// and of that, if `tangent`, what is orthogonal to W[f].
+struct RowGradient {
+  const float* rows;
+  long stride;
+  const int64_t *tokens, *order, *bounds;
+  const float* weights;
+  int tangent;
+
+  // Writes row f into g [d]; false: it is 0, and g was not written.
+  bool write(long f, const float* w, long d, float* __restrict g) const {
+    if (bounds[f] == bounds[f + 1]) return false;
+    std::memset(g, 0, sizeof(float) * d);
+    add_slots(rows, stride, tokens, order, weights, bounds[f], bounds[f + 1], d, g);
+    if (tangent) {
+      float along = 0;
+      for (long i = 0; i < d; ++i) along += g[i] * w[i];
+      for (long i = 0; i < d; ++i) g[i] -= along * w[i];
+    }
+    return true;
+  }
+};
+
 }  // namespace
 
 extern "C" {
+
+double row_squares(const RowGradient* gradient, const float* W, long n, long d, int threads) {
+  std::vector<double> of_rows(n, 0);  // added up in their order, however many threads there are
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> g(d);
+#pragma omp for schedule(dynamic, 64)
+    for (long f = 0; f < n; ++f) {
+      if (!gradient->write(f, W + f * d, d, g.data())) continue;
+      float squares = 0;
+      for (long i = 0; i < d; ++i) squares += g[i] * g[i];
+      of_rows[f] = squares;
+    }
+  }
+  double total = 0;
+  for (double squares : of_rows) total += squares;
+  return total;
+}
+
+// m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2, W <- keep W - rate m / (sqrt(v) by + epsilon), g = *clip * gradient.
+void row_adam(const RowGradient* gradient, const float* clip, float* W, float* m, float* v, long n, long d, float keep, float rate,
+              float beta1, float beta2, float by, float epsilon, int threads) {
+  const float factor = *clip;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> row(d);
+#pragma omp for schedule(dynamic, 64)
+    for (long f = 0; f < n; ++f) {
+      float *__restrict a = W + f * d, *__restrict b = m + f * d, *__restrict e = v + f * d;
+      const float* __restrict g = row.data();
+      if (gradient->write(f, a, d, row.data())) {
+        for (long i = 0; i < d; ++i) {
+          const float gi = factor * g[i];
+          b[i] = beta1 * b[i] + (1 - beta1) * gi;
+          e[i] = beta2 * e[i] + (1 - beta2) * gi * gi;
+          a[i] = keep * a[i] - rate * b[i] / (std::sqrt(e[i]) * by + epsilon);
+        }
+      } else {
+        for (long i = 0; i < d; ++i) {
+          b[i] *= beta1;
+          e[i] *= beta2;
+          a[i] = keep * a[i] - rate * b[i] / (std::sqrt(e[i]) * by + epsilon);
+        }
+      }
+    }
+  }
+}
 
 // Rows in 8 bits: q = round(x * fold / scale), scale = max |x * fold| / 127; norm = |x * fold|. fold is of columns.
 void quantise(const float* x, long stride, long n, long d, const float* fold, int8_t* q, float* scale, float* norm, int threads) {
@@ -387,20 +475,7 @@ void feature_sums(const float* rows, long row_stride, const int64_t* tokens, con
   for (long f = 0; f < n_features; ++f) {
     float* __restrict y = out + f * d;
     std::memset(y, 0, sizeof(float) * d);
-    long q = bounds[f];
-    const long end = bounds[f + 1];
-    for (; q + 4 <= end; q += 4) {
-      const long s0 = order[q], s1 = order[q + 1], s2 = order[q + 2], s3 = order[q + 3];
-      const float *x0 = rows + tokens[s0] * row_stride, *x1 = rows + tokens[s1] * row_stride;
-      const float *x2 = rows + tokens[s2] * row_stride, *x3 = rows + tokens[s3] * row_stride;
-      const float v0 = weights[s0], v1 = weights[s1], v2 = weights[s2], v3 = weights[s3];
-      for (long i = 0; i < d; ++i) y[i] += v0 * x0[i] + v1 * x1[i] + v2 * x2[i] + v3 * x3[i];
-    }
-    for (; q < end; ++q) {
-      const long s = order[q];
-      const float* x = rows + tokens[s] * row_stride;
-      for (long i = 0; i < d; ++i) y[i] += weights[s] * x[i];
-    }
+    add_slots(rows, row_stride, tokens, order, weights, bounds[f], bounds[f + 1], d, y);
   }
 }
 
