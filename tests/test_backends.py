@@ -268,6 +268,28 @@ def test_on_the_cpu_native_is_what_runs_by_default():
     assert backends.of(torch.zeros(1)).name == "native"
 
 
+@needs_native
+def test_compiled_code_is_kept_and_where_nothing_can_be_written_a_sentence_says_so(monkeypatch, tmp_path):
+    places = compiled.obstacle, compiled.available, compiled._library_path
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        for each in places:
+            each.cache_clear()
+        assert compiled.obstacle() is None
+        assert [path.suffix for path in (tmp_path / "cache" / "nndecomp").iterdir()] == [".so"]
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+        for each in places:
+            each.cache_clear()
+        may = compiled.os.access  # the superuser may write anywhere
+        monkeypatch.setattr(compiled.os, "access", lambda path, mode: str(path) != "/proc" and may(path, mode))
+        assert compiled.obstacle() == (
+            "/proc cannot be written, where native.cpp would be compiled; XDG_CACHE_HOME names another place"
+        )
+    finally:
+        for each in places:
+            each.cache_clear()
+
+
 def test_without_a_compiler_native_is_refused_and_auto_says_so_once(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     compiled.obstacle.cache_clear()

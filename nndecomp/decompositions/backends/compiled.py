@@ -31,6 +31,9 @@ def obstacle() -> str | None:
         return f"there is no C++ compiler ({_compiler()}; CXX names another one)"
     if _library_path().exists():
         return None
+    there = next(each for each in _library_path().parents if each.exists())
+    if not os.access(there, os.W_OK):
+        return f"{there} cannot be written, where {SOURCE.name} would be compiled; XDG_CACHE_HOME names another place"
     complaint = _compile(_library_path())
     return None if complaint is None else f"{_compiler()} cannot compile {SOURCE.name}: {complaint}"
 
