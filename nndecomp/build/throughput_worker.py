@@ -7,9 +7,11 @@ Told by the lines of its standard input, and answering with one line of JSON eac
     peak             memory since it was ready       {"bytes": most at any time, beyond what it had before}
 """
 
+import ctypes
 import importlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -133,7 +135,9 @@ def memory(what: str) -> int:
 
 
 def forget_peak() -> None:
-    """From here on VmHWM counts anew (Linux, proc(5))."""
+    """From here on VmHWM counts anew (Linux, proc(5)), without what the heap keeps of memory that was freed."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
     if Path("/proc/self/clear_refs").exists():
         file = os.open("/proc/self/clear_refs", os.O_WRONLY)
         os.write(file, b"5")

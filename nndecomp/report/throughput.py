@@ -12,6 +12,7 @@ from nndecomp.evaluation.timing import Floor, Times, dense_flops, encoder_flops,
 from nndecomp.report import style
 
 OURS = "nndecomp"
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the floor's line
 COLOURS = {
     OURS: "#0072B2",
     "sae-lens": "#E69F00",
@@ -146,7 +147,13 @@ def _bars(panel: Axes, times: Sequence[Times], floor: Floor) -> None:
         panel.barh(y, found.value, color=COLOURS[each.subject.library], height=0.7)
         panel.plot([found.low, found.high], [y, y], color="black", linewidth=0.8)
         panel.annotate(
-            number(found.value), (found.high, y), (3, 0), textcoords="offset points", va="center", fontsize=7
+            number(found.value),
+            (found.high, y),
+            (3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            bbox=WHITE,
         )
     panel.axvline(least, color="black", linestyle="--", linewidth=1.0)
     panel.annotate(
