@@ -20,10 +20,10 @@ from nndecomp.decompositions.backends import triton_collect, triton_gather, trit
 HALF, FULL, LONG, INT = "*bf16", "*fp32", "*i64", "*i32"
 # Types of arguments by name; others are int32, and those of what is multiplied are a kernel's own.
 TYPES = {
-    **dict.fromkeys(("b", "c", "z_out", "z_lists", "value_out", "weights", "pieces", "floor", "ceiling"), FULL),
+    **dict.fromkeys(("b", "c", "z_out", "value_out", "weights", "pieces", "floor", "floors", "ceiling"), FULL),
     **dict.fromkeys(("indices", "offsets", "bounds", "order", "owner", "ends", "tokens"), LONG),
-    **dict.fromkeys(("index_out", "place_out", "counter", "rank"), LONG),
-    **dict.fromkeys(("feature_out", "feature_lists", "counts", "floors", "histogram", "level", "wanted"), INT),
+    **dict.fromkeys(("index_out", "place_out", "entries", "counter", "rank"), LONG),
+    **dict.fromkeys(("counts", "histogram", "level", "wanted"), INT),
 }
 # Tiles as on a GPU: 32 features a token are selected, of a dictionary in four strips. Once in bfloat16, once in float32.
 TILE = {"SCALED": True, "ROWS": 128, "FEATURES": 128, "DEPTH": 64, "PRECISION": "ieee"}

@@ -59,6 +59,33 @@ def rank_key(score):
 
 @kernel
 @no_type_check
+def number_of(key):
+    """The number that has this key; NaN for 0."""
+    bits = key.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ -2147483648, ~bits).to(tl.float32, bitcast=True)
+
+
+@kernel
+@no_type_check
+def packed(z, feature):
+    """Both in 64 bits, which are written at once."""
+    return (z.to(tl.int32, bitcast=True).to(tl.int64) << 32) | feature.to(tl.int64)
+
+
+@kernel
+@no_type_check
+def z_of(entry):
+    return (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@kernel
+@no_type_check
+def feature_of(entry):
+    return entry.to(tl.int32)
+
+
+@kernel
+@no_type_check
 def largest(key, live, k):
     """Which of the live entries of each row [row, entry] are its k largest, the leftmost of equal ones, and the k-th
     largest key: found bit by bit, from the highest, as the largest number that k keys reach. All, and 0, where fewer are

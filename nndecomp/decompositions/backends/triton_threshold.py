@@ -99,7 +99,7 @@ def _candidates(scorers: Sequence[Scorer], n_slots: int, width: int, guess: Floa
     again = (~fits).int()
     exact = score_of_rank(scorers, torch.full_like(found.n_found, n_slots), again)
     found.n_found.mul_(fits)
-    found.z.mul_(fits)
+    found.z.masked_fill_(~fits, 0)  # infinity too
     for scorer in scorers:  # fewer than n_slots
         scorer.collect(found, exact, unbounded, again)
     below = torch.nextafter(exact, torch.zeros_like(exact))

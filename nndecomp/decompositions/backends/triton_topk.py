@@ -24,7 +24,17 @@ from nndecomp.decompositions.backends.triton_launch import (
     power_of_two,
     processors,
 )
-from nndecomp.decompositions.backends.triton_scores import halves, largest, pre_activations, rank_key, scaled
+from nndecomp.decompositions.backends.triton_scores import (
+    feature_of,
+    halves,
+    largest,
+    number_of,
+    packed,
+    pre_activations,
+    rank_key,
+    scaled,
+    z_of,
+)
 from nndecomp.decompositions.support import Selected, Support
 
 # Tuning. A tile: tokens, features, and bytes of a row of x or W per step; warps and pipelined steps. A list has room for
@@ -38,7 +48,7 @@ MERGED = 16 if INTERPRETED else 1
 @kernel
 @no_type_check
 def _topk_kernel(
-    z_out, feature_out, counts, floors, x, W, b, c, n_tokens, n_features, d, k, strip,
+    entries, counts, floors, x, W, b, c, n_tokens, n_features, d, k, strip,
     SCALED: tl.constexpr, ROOM: tl.constexpr, SHORTENED: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -51,8 +61,8 @@ def _topk_kernel(
     base = tl.program_id(0).to(tl.int64) * ROWS * tl.num_programs(1) * ROOM
     own = (tl.arange(0, ROWS) * tl.num_programs(1) + tl.program_id(1)) * ROOM
     count = tl.zeros([ROWS], tl.int32)
-    # Rows beyond the last token list nothing.
-    floor = tl.where(in_rows, 0, 4294967295).to(tl.uint32)
+    # No number is at most NaN, which is no floor.
+    floor = tl.full([ROWS], float("nan"), tl.float32)
     for start in range(begin, end, FEATURES):
         features = start + tl.arange(0, FEATURES)
         inside = features < end
@@ -65,76 +75,76 @@ def _topk_kernel(
                 for n in tl.static_range(2):
                     at = start + (4 * i + 2 * j + n) * (FEATURES // 8)
                     part = halves(quarter)[n]
-                    count = _append(z_out + base, feature_out + base, part, c, own, at, end, floor, count, SCALED)
+                    count = _append(entries + base, part, c, own, in_rows, at, end, floor, count, SCALED)
         if tl.max(count, 0) > ROOM - FEATURES:
             tl.store(counts + lists, count, mask=in_rows)
             tl.debug_barrier()  # what one thread wrote, others read
             for block in range(0, ROWS, SHORTENED):
                 some = tl.program_id(0) * ROWS + block + tl.arange(0, SHORTENED)
-                _shorten(z_out, feature_out, counts, floors, c, some, n_tokens, k, SCALED, ROOM)
+                _shorten(entries, counts, floors, c, some, n_tokens, k, SCALED, ROOM)
             tl.debug_barrier()
             count = tl.load(counts + lists, mask=in_rows, other=0)
-            floor = tl.load(floors + lists, mask=in_rows, other=-1).to(tl.uint32, bitcast=True)
+            floor = tl.load(floors + lists, mask=in_rows, other=0)
     tl.store(counts + lists, count, mask=in_rows)
 
 
 @kernel
 @no_type_check
-def _append(z_out, feature_out, z, c, own, start, end, floor, count, SCALED: tl.constexpr):
-    """Writes what is above the floor to the ends of the lists; returns how long they are then."""
+def _append(entries, z, c, own, in_rows, start, end, floor, count, SCALED: tl.constexpr):
+    """Writes what is above the floor, or no number, to the ends of the lists; returns how long they are then."""
     features = start + tl.arange(0, z.shape[1])
     inside = features < end
-    hit = (rank_key(scaled(z, c, features, inside, SCALED)) > floor[:, None]) & inside[None, :]
+    below = scaled(z, c, features, inside, SCALED) <= floor[:, None]
+    hit = (below == 0) & in_rows[:, None] & inside[None, :]
     place = (own + count - 1)[:, None] + tl.cumsum(hit.to(tl.int32), 1)
-    tl.store(z_out + place, z, mask=hit)
-    tl.store(feature_out + place, tl.broadcast_to(features[None, :], z.shape), mask=hit)
+    tl.store(entries + place, packed(z, features[None, :]), mask=hit)
     return count + tl.sum(hit.to(tl.int32), 1)
 
 
 @kernel
 @no_type_check
-def _shorten(z_out, feature_out, counts, floors, c, rows, n_tokens, k, SCALED: tl.constexpr, ROOM: tl.constexpr):
+def _shorten(entries, counts, floors, c, rows, n_tokens, k, SCALED: tl.constexpr, ROOM: tl.constexpr):
     """Of the lists of some rows, the k best stay, in their order."""
     in_rows = rows < n_tokens
     lists = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     count = tl.load(counts + lists, mask=in_rows, other=0)
-    entry = tl.arange(0, ROOM)
-    live = entry[None, :] < count[:, None]
-    place = lists[:, None] * ROOM + entry[None, :]
-    z = tl.load(z_out + place, mask=live, other=0)
-    feature = tl.load(feature_out + place, mask=live, other=0)
-    score = z
-    if SCALED:
-        score = z * tl.load(c + feature, mask=live, other=0).to(tl.float32)
-    taken, kth = largest(tl.where(live, rank_key(score), 0), live, k)
+    place = tl.arange(0, ROOM)
+    live = place[None, :] < count[:, None]
+    entry = tl.load(entries + lists[:, None] * ROOM + place[None, :], mask=live, other=0)
+    taken, kth = largest(_keys(entry, c, live, SCALED), live, k)
     tl.debug_barrier()  # all is read before any of it is overwritten
     to = lists[:, None] * ROOM + tl.cumsum(taken.to(tl.int32), 1) - 1
-    tl.store(z_out + to, z, mask=taken)
-    tl.store(feature_out + to, feature, mask=taken)
+    tl.store(entries + to, entry, mask=taken)
     tl.store(counts + lists, tl.minimum(count, k), mask=in_rows)
-    tl.store(floors + lists, kth.to(tl.int32, bitcast=True), mask=in_rows)
+    tl.store(floors + lists, number_of(kth), mask=in_rows)
+
+
+@kernel
+@no_type_check
+def _keys(entry, c, live, SCALED: tl.constexpr):
+    """By which entries of lists are compared; 0 of what is not live."""
+    score = z_of(entry)
+    if SCALED:
+        score = score * tl.load(c + feature_of(entry), mask=live, other=0).to(tl.float32)
+    return tl.where(live, rank_key(score), 0)
 
 
 @kernel
 @no_type_check
 def _merge_kernel(
-    index_out, value_out, z_lists, feature_lists, counts, c, n_tokens, k,
+    index_out, value_out, entries, counts, c, n_tokens, k,
     SCALED: tl.constexpr, STRIPS: tl.constexpr, ROOM: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """The k best of each token's lists, by feature."""
     token = (tl.program_id(0).to(tl.int64) * MERGED + tl.arange(0, MERGED))[:, None]
-    entry = tl.arange(0, STRIPS * ROOM)[None, :]
+    place = tl.arange(0, STRIPS * ROOM)[None, :]
     in_tokens = token < n_tokens
-    live = in_tokens & (entry % ROOM < tl.load(counts + token * STRIPS + entry // ROOM, mask=in_tokens, other=0))
-    z = tl.load(z_lists + token * STRIPS * ROOM + entry, mask=live, other=0)
-    feature = tl.load(feature_lists + token * STRIPS * ROOM + entry, mask=live, other=0)
-    score = z
-    if SCALED:
-        score = z * tl.load(c + feature, mask=live, other=0).to(tl.float32)
-    taken, _ = largest(tl.where(live, rank_key(score), 0), live, k)
+    live = in_tokens & (place % ROOM < tl.load(counts + token * STRIPS + place // ROOM, mask=in_tokens, other=0))
+    entry = tl.load(entries + token * STRIPS * ROOM + place, mask=live, other=0)
+    taken, _ = largest(_keys(entry, c, live, SCALED), live, k)
     to = token * k + tl.cumsum(taken.to(tl.int32), 1) - 1
-    tl.store(index_out + to, feature.to(tl.int64), mask=taken)
-    tl.store(value_out + to, z, mask=taken)
+    tl.store(index_out + to, feature_of(entry).to(tl.int64), mask=taken)
+    tl.store(value_out + to, z_of(entry), mask=taken)
 
 
 def _strips(n_tokens: int, n_features: int, room: int, device: torch.device) -> int:
@@ -154,13 +164,13 @@ def topk(of: Affine, k: int, n_strips: int | None = None) -> Selected:
     indices = torch.empty(n_tokens * k, device=device, dtype=torch.int64)
     values = torch.empty(n_tokens * k, device=device, dtype=of.W.dtype)
     if n_tokens:
-        z_lists = torch.empty(n_tokens * n_strips * room, device=device)
-        feature_lists = torch.empty_like(z_lists, dtype=torch.int32)
+        entries = torch.empty(n_tokens * n_strips * room, device=device, dtype=torch.int64)
         counts = torch.empty(n_tokens * n_strips, device=device, dtype=torch.int32)
+        floors = torch.empty_like(counts, dtype=torch.float32)
         x, W, precision = operands(of)
         c = of.b if of.c is None else of.c.contiguous()  # not read where there is none
         _topk_kernel[(n_blocks(n_tokens, ROWS), n_strips)](
-            *(z_lists, feature_lists, counts, torch.empty_like(counts), x, W, of.b.contiguous(), c),
+            *(entries, counts, floors, x, W, of.b.contiguous(), c),
             *(n_tokens, n_features, d, k, n_blocks(n_features, n_strips)),
             **{"SCALED": of.c is not None, "ROOM": room, "SHORTENED": min(max(ENTRIES // room, 1), ROWS), "ROWS": ROWS},
             **{
@@ -172,7 +182,7 @@ def topk(of: Affine, k: int, n_strips: int | None = None) -> Selected:
             },
         )
         _merge_kernel[(n_blocks(n_tokens, MERGED),)](
-            *(indices, values, z_lists, feature_lists, counts, c, n_tokens, k),
+            *(indices, values, entries, counts, c, n_tokens, k),
             **{"SCALED": of.c is not None, "STRIPS": n_strips, "ROOM": room, "MERGED": MERGED, "num_warps": 4},
         )
     offsets = torch.arange(n_tokens + 1, device=device) * k
