@@ -224,3 +224,16 @@ def test_the_directories_of_jobs_are_known_before_they_start(tmp_path: Path):
     places = [place.relative_to(tmp_path).as_posix() for place in job_directories(NAME, asked.overrides, tmp_path)]
     own = "decomposition.initial_tokens=256,decomposition.k={},decomposition.layers=[{}],decomposition.n_features=48"
     assert places == [own.format(k, layer) for layer in (1, 2) for k in (8, 16)]
+
+
+def test_utilisation_is_logged_when_it_is_asked_for_and_changes_nothing_else(tmp_path: Path):
+    settings = ["training.share_stream=false", "decomposition.layers=[1]"]
+    plain, asked = job(tmp_path / "plain", *settings), job(tmp_path / "asked", *settings, "log.utilisation=true")
+    alone(plain), alone(asked)
+    assert contents(plain.out) == contents(asked.out)
+    row = json.loads((asked.out / "metrics.jsonl").read_text().splitlines()[-1])["timing"]
+    assert "utilisation" not in json.loads((plain.out / "metrics.jsonl").read_text().splitlines()[-1])["timing"]
+    (cost,) = build.training_flops(asked.cfg, build.target(asked.cfg)).values()
+    assert row["flops_per_step"] == pytest.approx(asked.cfg.training.batch_tokens * cost.per_token, rel=1e-6)
+    assert row["flops_per_s"] == pytest.approx(cost.per_token * row["tokens_per_s"], rel=1e-3)
+    assert 0 < row["utilisation"] < 1

@@ -10,13 +10,15 @@ from nndecomp.activations.sequences import Sequences
 from nndecomp.build.data import harvester, stream
 from nndecomp.build.end_to_end import attends, is_end_to_end, sequences
 from nndecomp.build.members import Member
+from nndecomp.build.objectives import objectives_of
 from nndecomp.build.parameters import objective, token_batches
 from nndecomp.build.settings import trainable
-from nndecomp.build.training import objectives_of
-from nndecomp.config.schema import ActivationsKind, RunConfig, require
+from nndecomp.config.schema import ActivationsKind, DType, RunConfig, require
 from nndecomp.targets.base import Target
 from nndecomp.training.end_to_end import EndToEndObjective
 from nndecomp.training.flops import TrainingFlops, count, spd_flops, step_flops
+from nndecomp.training.randomness import random_state_kept
+from nndecomp.training.utilisation import Utilisation, peak_flops
 
 
 def training_flops(
@@ -40,6 +42,17 @@ def parameter_flops(cfg: RunConfig, target: Target) -> TrainingFlops:
     )
     assert spd is not None
     return spd_flops(objective(cfg, spd, target), token_batches(cfg, target).next_batch(), cfg.training)
+
+
+def utilisation(cfg: RunConfig, target: Target, members: Mapping[str, Member]) -> Utilisation | None:
+    """What is logged of a run's dictionaries on one stream, if that is asked for."""
+    if not cfg.log.utilisation:
+        return None
+    with random_state_kept():
+        costs = training_flops(cfg, target, members).values()
+        dtype = torch.bfloat16 if cfg.training.autocast is DType.bfloat16 else torch.float32
+        own = sum(each.objective + each.optimiser for each in costs)
+        return Utilisation(max(each.target for each in costs) + own, peak_flops(target.device, dtype))
 
 
 def _of(cfg: RunConfig, target: Target, one: Mapping[str, Member]) -> TrainingFlops:

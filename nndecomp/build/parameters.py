@@ -53,6 +53,10 @@ def trained_parameters(cfg: RunConfig, target: Target, out: Path) -> ParameterDe
     spd = cfg.spd
     require(spd is not None, "spd=null, but this experiment trains a parameter decomposition; write e.g. +spd=tiny")
     assert spd is not None
+    require(
+        not cfg.log.utilisation,
+        "log.utilisation=true is of dictionaries, but spd names a parameter decomposition; write false",
+    )
     check_parameters(cfg)
     heldout_tokens(cfg.tokens, target.tokenizer, cfg.evaluation.n_seqs)  # too little is refused now, not at the end
     made = objective(cfg, spd, target)

@@ -16,8 +16,10 @@ from nndecomp.activations.shared import SharedStream
 from nndecomp.build.data import first_rows, stream
 from nndecomp.build.data import target as load
 from nndecomp.build.end_to_end import attends, is_end_to_end
+from nndecomp.build.flops import utilisation
+from nndecomp.build.objectives import sites_of
 from nndecomp.build.settings import trainable
-from nndecomp.build.training import Objectives, check_heldout, is_saved, looking, prepared, save, sites_of
+from nndecomp.build.training import Objectives, check_heldout, is_saved, looking, prepared, save
 from nndecomp.config.schema import ActivationsKind, RunConfig, require
 from nndecomp.training.log import Log
 from nndecomp.training.loop import Run, train_all
@@ -96,11 +98,12 @@ def _train(group: Sequence[Job]) -> None:
             set_random_state(fresh)
             check_heldout(job.cfg, target)
             members = trainable(job.cfg)
+            used = utilisation(job.cfg, target, members)
             view = shared.view(sites_of(members, target.shape))
             objectives, rows = prepared(job.cfg, target, job.out, members, first, view)
             evaluate = looking(job.cfg, target, objectives, job.out.name) if job.cfg.training.evaluate_every else None
             log = logs.enter_context(Log(job.out, job.cfg.log, name=f"{job.cfg.name}/{job.out.name}"))
-            runs.append(Run(objectives, rows, job.cfg.training, job.out, log=log, evaluate=evaluate))
+            runs.append(Run(objectives, rows, job.cfg.training, job.out, log=log, evaluate=evaluate, utilisation=used))
             trained.append((job, objectives))
         del first  # what was kept for the starts is the stream's alone
         train_all(runs, f"{cfg.name}: {len(runs)} jobs")

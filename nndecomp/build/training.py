@@ -8,21 +8,21 @@ from nndecomp.activations.first_rows import FirstRows
 from nndecomp.activations.sequences import SequenceBuffer, Sequences
 from nndecomp.activations.shared import View
 from nndecomp.activations.stream import RowStream
-from nndecomp.build.data import first_rows, initial_rows, initial_sequences, scales, shuffled_sequences, stream
+from nndecomp.build.data import first_rows, initial_rows, initial_sequences, shuffled_sequences, stream
 from nndecomp.build.end_to_end import attends, is_end_to_end, sequences
+from nndecomp.build.flops import utilisation
 from nndecomp.build.measuring import heldout, measured, scores
 from nndecomp.build.members import Member
+from nndecomp.build.objectives import objectives_of, sites_of
 from nndecomp.build.settings import trainable
 from nndecomp.config.schema import (
     ActivationsKind,
     Patched,
     RunConfig,
 )
-from nndecomp.decompositions.architectures import build_dictionary
 from nndecomp.decompositions.groups import SparseDictionary
 from nndecomp.decompositions.objective import DictionaryObjective
-from nndecomp.decompositions.wiring import wire
-from nndecomp.targets.base import Shape, Target
+from nndecomp.targets.base import Target
 from nndecomp.tokens import heldout_tokens
 from nndecomp.training.clean_sequences import CleanSequences
 from nndecomp.training.end_to_end import EndToEndObjective
@@ -30,7 +30,7 @@ from nndecomp.training.log import Log
 from nndecomp.training.loop import train
 from nndecomp.training.objective import Stream
 from nndecomp.training.state import saved_steps
-from nndecomp.types import Layout, Site
+from nndecomp.types import Site
 
 Objectives = dict[str, DictionaryObjective] | dict[str, EndToEndObjective]
 
@@ -47,10 +47,20 @@ def trained(
     if is_saved(out, members):
         return {name: SparseDictionary.from_pretrained(_place(out, name), target.device) for name in members}
     check_heldout(cfg, target)
+    used = utilisation(cfg, target, members)
     objectives, rows = prepared(cfg, target, out, members)
     evaluate = looking(cfg, target, objectives, out.name) if cfg.training.evaluate_every else None
     with Log(out, cfg.log, name=f"{cfg.name}/{out.name}") as log:
-        train(objectives, rows, cfg.training, out, log=log, evaluate=evaluate, description=cfg.name)
+        train(
+            objectives,
+            rows,
+            cfg.training,
+            out,
+            log=log,
+            evaluate=evaluate,
+            utilisation=used,
+            description=cfg.name,
+        )
     return save(out, objectives)
 
 
@@ -98,12 +108,6 @@ def prepared(
     return {name: EndToEndObjective(each, target) for name, each in local.items()} if through else local, rows
 
 
-def sites_of(members: Mapping[str, Member], shape: Shape) -> list[Site]:
-    """Everything that one of them reads or writes."""
-    groups = [group for each in members.values() for group in wire(each.config, shape).groups]
-    return sorted({site for group in groups for site in (*group.reads, *group.writes)})
-
-
 def untrained(
     cfg: RunConfig, target: Target, members: Mapping[str, Member] | None = None
 ) -> dict[str, SparseDictionary]:
@@ -112,22 +116,6 @@ def untrained(
     objectives, sites = objectives_of(cfg, target, members)
     begin(cfg, target, objectives, members, sites)
     return {name: objective.finished() for name, objective in objectives.items()}
-
-
-def objectives_of(
-    cfg: RunConfig, target: Target, members: Mapping[str, Member], first: FirstRows | None = None
-) -> tuple[dict[str, DictionaryObjective], list[Site]]:
-    """Objectives, and the sites of the rows that they take."""
-    dictionaries = {
-        name: build_dictionary(each.config, target.shape, each.seed, target.device, target.name)
-        for name, each in members.items()
-    }
-    sites = sites_of(members, target.shape)
-    layout = Layout.of({site: target.shape.width(site) for site in sites})
-    scale = scales(cfg, target, sites, first)
-    return {
-        name: DictionaryObjective(each, members[name].config, layout, scale) for name, each in dictionaries.items()
-    }, sites
 
 
 def _batches(

@@ -16,3 +16,6 @@ class LogConfig:
     project: str = "nndecomp"
     entity: str | None = None
     group: str | None = None
+    # Of dictionaries: FLOPs of a step, and the share of what the device can do that they take. Both are found out before the
+    # first step: seconds, and memory for every dictionary once more.
+    utilisation: bool = False

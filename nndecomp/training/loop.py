@@ -28,6 +28,7 @@ from nndecomp.training.randomness import Lanes, random_state, random_state_kept,
 from nndecomp.training.row_adam import RowAdam, by_rows
 from nndecomp.training.schedules import learning_rate
 from nndecomp.training.state import check_facts, read_facts, read_state, save_state, saved_steps, shapes, tidy
+from nndecomp.training.utilisation import Utilisation
 from nndecomp.training.window import Window, check_parameters
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Run:
     there is one.
 
     evaluate: number of steps made -> held-out metrics by name. It sees the objectives in eval mode and without gradients,
-    and leaves no trace in training: random numbers and modes are put back after it.
+    and leaves no trace in training: random numbers and modes are put back after it. utilisation: logged beside the speed.
     """
 
     def __init__(
@@ -109,11 +110,12 @@ class Run:
         *,
         log: Log,
         evaluate: Callable[[int], Mapping[str, float]] | None = None,
+        utilisation: Utilisation | None = None,
     ) -> None:
         assert objectives, "there is nothing to train"
         assert STREAM not in objectives, f"{STREAM} is the name of the stream's random numbers, not of an objective"
         self.objectives, self.stream, self.cfg, self.out, self.log = objectives, stream, cfg, out, log
-        self.evaluate = evaluate
+        self.evaluate, self.utilisation = evaluate, utilisation
         self.trainees = [Trainee(name, objective, cfg) for name, objective in objectives.items()]
         self.lanes = Lanes([STREAM, *objectives])
         self.directory = out / "checkpoint"
@@ -147,6 +149,8 @@ class Run:
         if logs:
             rows = [metrics(trainee, self.made, cfg.batch_tokens) for trainee in self.trainees]
             timing = clock.lap()
+            if self.utilisation is not None:
+                timing |= self.utilisation.row(timing["tokens_per_s"], cfg.batch_tokens)
             for row in rows:
                 self.log.write(self.made, {**row, "timing": timing})
             self.loss, self.waiting = sum(row["loss"] for row in rows) / len(rows), timing["waiting_share"]
@@ -195,6 +199,7 @@ def train(
     *,
     log: Log,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    utilisation: Utilisation | None = None,
     description: str,
 ) -> None:
     """Trains `objectives`, in place, for cfg.n_steps steps of `stream`; goes on from <out>/checkpoint if there is one.
@@ -202,7 +207,7 @@ def train(
     Raises NonFiniteError (naming decomposition, step and tensor; nothing that is not finite is ever saved), SettingError
     (a checkpoint made under other settings), and Preempted (a signal said stop; the state is saved).
     """
-    train_all([Run(objectives, stream, cfg, out, log=log, evaluate=evaluate)], description)
+    train_all([Run(objectives, stream, cfg, out, log=log, evaluate=evaluate, utilisation=utilisation)], description)
 
 
 def train_all(runs: Sequence[Run], description: str) -> None:
