@@ -140,6 +140,9 @@ def test_what_is_not_a_number_is_seen(backend: Backend):
     of.x[3, 2] = torch.nan
     found = backend.topk(of, 3)
     assert values(found)[3].isnan().any() and not values(found)[[0, 1, 2, 4, 5, 6]].isnan().any()
+    of = affine(7, 6, 24)
+    of.b[5] = torch.nan
+    assert mask(backend.topk(of, 3))[:, 5].all() and values(backend.topk(of, 3))[:, 5].isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

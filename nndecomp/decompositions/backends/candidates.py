@@ -146,4 +146,5 @@ def quantised(of: Affine) -> Operands | None:
     size_x, size_W = (each[:: 1 + len(each) // 256].square().mean(0).sqrt() for each in (of.x, of.W))
     fold = torch.where((size_x > 0) & (size_W > 0), (size_W / size_x).sqrt(), 1.0)
     x, W = Quantised.of(of.x, fold), Quantised.of(of.W, 1 / fold)
-    return (x, W) if bool(torch.isfinite(x.norm).all() & torch.isfinite(W.norm).all()) else None
+    finite = all(bool(each.isfinite().all()) for each in (x.norm, W.norm, of.b))
+    return (x, W) if finite else None
