@@ -9,8 +9,8 @@ from torch import Tensor
 from training_parts import training
 
 from nndecomp.config.schema import BackendKind, CodeNormalisation, Decoder, Optimizer, Penalty
-from nndecomp.decompositions import backends, row_gradients
-from nndecomp.decompositions.backends import compiled
+from nndecomp.decompositions import backends
+from nndecomp.decompositions.backends import compiled, native_rows
 from nndecomp.training.loop import Trainee
 from nndecomp.training.row_adam import by_rows
 
@@ -32,7 +32,7 @@ TRAINED = {
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many slots a feature has."""
-    monkeypatch.setattr(row_gradients, "_FEW", 10**9)
+    monkeypatch.setattr(native_rows.NativeRows, "few", 10**9)
 
 
 def trained(backend: BackendKind, n_steps: int, settings: dict, **changes) -> tuple[Trainee, dict[str, Tensor], list]:

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nndecomp.decompositions.backends import triton_collect, triton_gather, triton_rows, triton_topk
+from nndecomp.decompositions.backends import triton_adam, triton_collect, triton_gather, triton_rows, triton_topk
 
 HALF, FULL, LONG, INT = "*bf16", "*fp32", "*i64", "*i32"
 # Types of arguments by name; others are int32, and those of what is multiplied are a kernel's own.
@@ -23,6 +23,8 @@ TYPES = {
     **dict.fromkeys(("b", "c", "z_out", "value_out", "weights", "pieces", "floor", "floors", "ceiling"), FULL),
     **dict.fromkeys(("indices", "offsets", "bounds", "order", "owner", "ends", "tokens"), LONG),
     **dict.fromkeys(("index_out", "place_out", "entries", "counter", "rank"), LONG),
+    **dict.fromkeys(("parameter", "m", "v", "n", "clip", "squares", "shares"), FULL),
+    **dict.fromkeys(("keep", "lr", "beta1", "other1", "log1", "beta2", "other2", "log2", "epsilon"), "fp32"),
     **dict.fromkeys(("counts", "histogram", "level", "wanted"), INT),
 }
 # Tiles as on a GPU: 32 features a token are selected, of a dictionary in four strips. Once in bfloat16, once in float32.
@@ -37,6 +39,8 @@ KERNELS = [
     (triton_gather._bag_kernel, FULL, GATHER, 1),
     (triton_gather._piece_kernel, FULL, PIECES, 1),
     (triton_gather._feature_kernel, FULL, PIECES, 1),
+    (triton_adam._norm_kernel, HALF, {"TANGENT": True, **PIECES}, 1),
+    (triton_adam._adam_kernel, HALF, {"TANGENT": True, **PIECES}, 1),
     (triton_gather._dots_kernel, FULL, {"SLOTS": 16, "COLUMNS": triton_gather.COLUMNS}, 4),
     (triton_topk._topk_kernel, HALF, LISTS | TILE, 8),
     (triton_topk._topk_kernel, FULL, LISTS | EXACT, 8),

@@ -156,21 +156,14 @@ def forget(optimiser: TorchOptimiser, parameter: nn.Parameter, rows: Int[Tensor,
 def gradient_norms(parameters: Sequence[nn.Parameter], rows: RowGradients | None = None) -> Float[Tensor, " parameter"]:
     """|g| of each parameter, in fp32 and on the device; 0 where the loss did not reach a parameter. `rows`: gradients that were put
     aside."""
-    if rows is not None:
-        norms = gradient_norms(parameters)
-        for i, p in enumerate(parameters):
-            if p in rows:
-                norms[i] = rows.norm(p)
-        return norms
-    reached = [i for i, p in enumerate(parameters) if p.grad is not None]
-    norms = torch.zeros(len(parameters), device=parameters[0].device)
-    if reached:
-        gradients = [g for p in parameters if (g := p.grad) is not None]
-        values = torch.stack([n.float() for n in torch._foreach_norm(gradients)])
-        if len(reached) == len(parameters):
-            return values
-        norms[reached] = values
-    return norms
+    gradients = [g for p in parameters if (g := p.grad) is not None]
+    written = iter(torch._foreach_norm(gradients) if gradients else [])
+    none = torch.zeros((), device=parameters[0].device)
+    norms = [
+        rows.norm(p) if rows is not None and p in rows else none if p.grad is None else next(written)
+        for p in parameters
+    ]
+    return torch.stack([norm.float() for norm in norms])
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], norm: Float[Tensor, ""], clip_norm: float) -> Float[Tensor, ""]:

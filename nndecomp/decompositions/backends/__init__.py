@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nndecomp.config.schema import BackendKind
-from nndecomp.decompositions.backends.interface import Backend
+from nndecomp.decompositions.backends.interface import Backend, RowUpdate
 from nndecomp.errors import SettingError
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,23 @@ def of(tensor: Tensor) -> Backend:
 
         return triton_backend.BACKEND
     return pure.BACKEND
+
+
+def row_updates(W: Tensor) -> type[RowUpdate] | None:
+    """By which W may be moved without its gradient being written; null: its backend has nothing for that."""
+    if W.dtype != torch.float32:
+        return None
+    match of(W).name:
+        case "native" | "native_int8":
+            from nndecomp.decompositions.backends.native_rows import NativeRows
+
+            return NativeRows
+        case "triton":
+            from nndecomp.decompositions.backends.triton_adam import TritonRows
+
+            return TritonRows
+        case _:
+            return None
 
 
 @cache

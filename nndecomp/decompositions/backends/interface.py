@@ -1,8 +1,9 @@
 """What a backend has: the primitives of the hot path, on tensors without gradient."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -72,3 +73,52 @@ class Backend(Protocol):
     ) -> Float[Tensor, "feature d"]:
         """For each feature the sum over its slots s of weights[s] * rows[token of s]. `rows` may be a span of columns."""
         ...
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """dL/dW[f] = sum over the slots s of feature f of weights[s] * rows[token of s]."""
+
+    support: Support
+    rows: Float[Tensor, "token d"]
+    weights: Float[Tensor, "slot"]
+    tangent: bool = False  # without what is along W's own rows, which have norm 1
+
+
+@dataclass(frozen=True)
+class AdamNumbers:
+    keep: float  # 1 - lr * weight decay
+    lr: float
+    betas: tuple[float, float]
+    epsilon: float
+
+
+class RowUpdate(ABC):
+    """What Adam does to W, float32, with a gradient that is made a row at a time and never written down."""
+
+    # Rows are made twice, once for the norm by which they are clipped: with more slots a feature writing them down costs less.
+    few: ClassVar[float]
+
+    @abstractmethod
+    def __init__(self, gradient: RowGradient, W: Float[Tensor, "feature d"]) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def rounded(rows: Float[Tensor, "token d"]) -> Float[Tensor, "token d"]:
+        """As sums within the autocast that is on read them."""
+
+    @abstractmethod
+    def norm(self) -> Float[Tensor, ""]:
+        """|dL/dW|."""
+
+    @abstractmethod
+    def adam(
+        self,
+        m: Float[Tensor, "feature d"],
+        v: Float[Tensor, "feature d"],
+        n: Float[Tensor, ""],
+        clip: Float[Tensor, ""],
+        numbers: AdamNumbers,
+    ) -> None:
+        """Step n:  m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  g = clip dL/dW,
+        W <- keep W - lr m / (1 - beta1^n) / (sqrt(v / (1 - beta2^n)) + epsilon)."""

@@ -5,6 +5,7 @@
     triton_collect     all entries within an interval, the same way
     triton_threshold   selection by a threshold a feature, or by one that leaves n slots in the batch, without a sync
     triton_gather      sums and dot products over active entries
+    triton_adam      Adam with gradients that are made where they are used
     triton_rows        decoder rows of norm 1, and gradients that keep them so
 
 The kernels are checked through Triton's interpreter and compiled for compute capability 9.0. Their speed on a GPU has not

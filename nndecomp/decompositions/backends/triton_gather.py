@@ -11,7 +11,8 @@ autocast rows are read in its type, half as many bytes.
 
 # pyright: reportMissingImports=false
 
-from typing import no_type_check
+from dataclasses import dataclass
+from typing import Any, no_type_check
 
 import torch
 import triton.language as tl
@@ -81,6 +82,22 @@ def _piece_kernel(
 
 @kernel
 @no_type_check
+def feature_row(
+    pieces, tokens, rows, bounds, weights, order, ends, feature, column, inside, d, stride,
+    PIECE: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Some columns of the sum over a feature's slots, in float32, out of its first piece and those that are there."""
+    first = tl.load(bounds + feature)
+    last = tl.minimum(first + PIECE, tl.load(bounds + feature + 1))
+    total = _sum(tokens, rows, weights, order, first, last, column, inside, stride, True, AHEAD)
+    before = tl.load(ends + feature - 1, mask=feature > 0, other=0)
+    for piece in range(before, tl.load(ends + feature)):
+        total += tl.load(pieces + piece * d + column, mask=inside, other=0)
+    return total
+
+
+@kernel
+@no_type_check
 def _feature_kernel(
     out, pieces, tokens, rows, bounds, weights, order, ends, d, stride,
     PIECE: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
@@ -88,12 +105,9 @@ def _feature_kernel(
     feature = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < d
-    first = tl.load(bounds + feature)
-    last = tl.minimum(first + PIECE, tl.load(bounds + feature + 1))
-    total = _sum(tokens, rows, weights, order, first, last, column, inside, stride, True, AHEAD)
-    before = tl.load(ends + feature - 1, mask=feature > 0, other=0)
-    for piece in range(before, tl.load(ends + feature)):
-        total += tl.load(pieces + piece * d + column, mask=inside, other=0)
+    total = feature_row(
+        pieces, tokens, rows, bounds, weights, order, ends, feature, column, inside, d, stride, PIECE, AHEAD
+    )
     tl.store(out + feature * d + column, total, mask=inside)
 
 
@@ -152,27 +166,43 @@ def by_feature(
     return order, torch.searchsorted(features, torch.arange(n_features + 1, device=indices.device, dtype=narrow))
 
 
+@dataclass(frozen=True)
+class FeatureRows:
+    """What kernels want to know to make the sums over features' slots, those of long features but for their first piece made."""
+
+    arguments: tuple[Any, ...]
+    tuning: dict[str, Any]
+    n_features: int
+    n_blocks: int  # of columns
+
+    @staticmethod
+    def of(
+        support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"], piece: int = PIECE
+    ) -> "FeatureRows":
+        rows, weights, d = _rows(rounded(rows)), weights.contiguous(), rows.shape[1]
+        order, bounds = support.by_feature(by_feature)
+        # ends[f]: pieces of the features up to f, the first one of each left out. There are never more than slots // piece.
+        ends = ((bounds.diff() - 1).clamp_min(0) // piece).cumsum(0)
+        n_pieces, columns = len(order) // piece, _columns(d)
+        blocks = n_blocks(d, columns)
+        pieces = torch.empty(n_pieces, d, device=rows.device, dtype=torch.float32)
+        tuning = {"PIECE": piece, "COLUMNS": columns, "AHEAD": AHEAD, "num_warps": WARPS}
+        operands = (pieces, support.tokens, rows, bounds, weights, order)
+        if n_pieces and support.n_features:
+            # Programs beyond the last piece are given the last feature, find no slots left, and write what nobody reads.
+            which = torch.arange(n_pieces, device=rows.device)
+            owner = torch.searchsorted(ends, which, right=True).clamp_max(support.n_features - 1)
+            _piece_kernel[(n_pieces, blocks)](*operands, owner, ends, d, rows.stride(0), **tuning)
+        return FeatureRows((*operands, ends, d, rows.stride(0)), tuning, support.n_features, blocks)
+
+
 def feature_sums(
     support: Support, rows: Float[Tensor, "token d"], weights: Float[Tensor, "slot"], piece: int = PIECE
 ) -> Float[Tensor, "feature d"]:
-    rows, weights, d = _rows(rounded(rows)), weights.contiguous(), rows.shape[1]
-    order, bounds = support.by_feature(by_feature)
-    out = weights.new_empty(support.n_features, d)
-    if not out.numel():
-        return out
-    # ends[f]: pieces of the features up to f, the first one of each left out. There are never more than slots // piece.
-    ends = ((bounds.diff() - 1).clamp_min(0) // piece).cumsum(0)
-    n_pieces, columns = len(order) // piece, _columns(d)
-    blocks = n_blocks(d, columns)
-    pieces = torch.empty(n_pieces, d, device=rows.device, dtype=torch.float32)
-    tuning = {"PIECE": piece, "COLUMNS": columns, "AHEAD": AHEAD, "num_warps": WARPS}
-    operands = (pieces, support.tokens, rows, bounds, weights, order)
-    if n_pieces:
-        # Programs beyond the last piece are given the last feature, find no slots left, and write what nobody reads.
-        which = torch.arange(n_pieces, device=rows.device)
-        owner = torch.searchsorted(ends, which, right=True).clamp_max(support.n_features - 1)
-        _piece_kernel[(n_pieces, blocks)](*operands, owner, ends, d, rows.stride(0), **tuning)
-    _feature_kernel[(support.n_features, blocks)](out, *operands, ends, d, rows.stride(0), **tuning)
+    out = weights.new_empty(support.n_features, rows.shape[1])
+    if out.numel():
+        made = FeatureRows.of(support, rows, weights, piece)
+        _feature_kernel[(made.n_features, made.n_blocks)](out, *made.arguments, **made.tuning)
     return out
 
 
