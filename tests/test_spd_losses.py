@@ -353,15 +353,23 @@ def forward_by_hand(
 
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(2))
+# What components read is known before the masked runs where importances see it, and not where they see x.
+IMPORTANCES = [
+    ImportanceConfig(kind=ImportanceKind.mlp, hidden=[6]),
+    ImportanceConfig(kind=ImportanceKind.shared_mlp, hidden=[6]),
+]
 
 
+@pytest.mark.parametrize("importance", IMPORTANCES)
 @pytest.mark.parametrize("delta", [True, False])
 @pytest.mark.parametrize("routing", [Routing.all, Routing.subset, Routing.share])
-def test_stochastic_reconstruction_is_by_the_masks_that_the_generator_gives(routing: Routing, delta: bool):
+def test_stochastic_reconstruction_is_by_the_masks_that_the_generator_gives(
+    routing: Routing, delta: bool, importance: ImportanceConfig
+):
     """Importances of the undisturbed run, components on what arrives. The faults: importances of the masked run, and
     components on undisturbed inputs."""
     model, term = chain(4, 6, 6, 3), loss_term(Masks.stochastic, routing=routing)
-    found, made = one_loss(model, term, X, delta=delta)
+    found, made = one_loss(model, term, X, delta=delta, importance=importance)
     gates = gates_of(made, X)
     torch.manual_seed(7)
     (route,) = masks.routes_of(gates, term)
@@ -392,16 +400,19 @@ def test_unmasked_reconstruction_is_of_V_U_alone():
     assert_close(found, (y - clean).square().sum() / clean.numel())
 
 
-def test_layerwise_reconstruction_is_the_mean_over_maps_of_runs_with_one_map_replaced():
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_layerwise_reconstruction_is_the_mean_over_maps_of_runs_with_one_map_replaced(importance: ImportanceConfig):
     model = chain(4, 6, 6, 3)
-    found, made = one_loss(model, loss_term(Masks.importance, routing=Routing.layerwise), X)
+    found, made = one_loss(model, loss_term(Masks.importance, routing=Routing.layerwise), X, importance=importance)
     gates = gates_of(made, X)
     each = []
     for name, g in gates.items():
         y, _ = forward_by_hand(made, X, {name: (g, None)}, {name: None})
         each.append((y - model(X)).square().mean())
     assert len(each) == 3
-    assert_close(found, torch.stack(each).mean())
+    expected = torch.stack(each).mean()
+    assert_close(found, expected)
+    assert_close(gradients(found, made), gradients(expected, made), atol=1e-7, rtol=1e-4)
 
 
 def test_samples_have_masks_and_routes_of_their_own_and_are_averaged():

@@ -10,17 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nndecomp import build
-from nndecomp.activations.sparse_features import SparseFeatures
+from nndecomp.activations.sparse_features import GatheredFeatures, SparseFeatures, gathered
 from nndecomp.config.compose import compose
-from nndecomp.config.spd import ImportanceConfig, ImportanceKind
+from nndecomp.config.spd import ImportanceConfig, ImportanceKind, Masks, ReconstructionConfig, Routing, SPDConfig
 from nndecomp.config.toys import ToyConfig
+from nndecomp.decompositions.spd import masks
 from nndecomp.decompositions.spd.components import Components
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
 from nndecomp.errors import SettingError
-from nndecomp.evaluation.toy_recovery import Features, errors, of_map, permutation, scores, toy_recovery
+from nndecomp.evaluation.toy_recovery import Features, errors, importances, of_map, permutation, scores, toy_recovery
 from nndecomp.report import toys as report
 from nndecomp.targets.maps import find_maps, linear_map
-from nndecomp.targets.toys import TMS, ResidMLP, build_toy
+from nndecomp.targets.toys import TMS, ResidMLP, Toy, build_toy
+from nndecomp.training.parameters import SPDObjective
+from nndecomp.training.subjects import CountedVectors, Vectors
 from nndecomp.training.toys import ToyObjective
 
 CPU = torch.device("cpu")
@@ -32,6 +35,15 @@ def toy_config(name: str) -> ToyConfig:
     cfg = compose("exp_026_spd_toys", [f"toy={name}"]).toy
     assert cfg is not None
     return cfg
+
+
+def small_toy(name: str) -> tuple[Toy, SPDConfig]:
+    """Five features; frozen, its bias random."""
+    own, spd = build.toy_settings(compose("exp_026_spd_toys", [f"toy={name}"]))
+    toy = build_toy(replace(own, n_features=5, d_model=4), 0)
+    if isinstance(toy, TMS):
+        nn.init.constant_(toy.linear2.bias, 0.25)  # so that zeros are not put out as zeros
+    return toy.requires_grad_(False).eval(), replace(spd, maps=dict.fromkeys(spd.maps, 6))
 
 
 # --- the toys ---
@@ -101,6 +113,53 @@ def test_rows_are_sparse_in_range_and_the_same_after_a_restart():
         assert abs(len(active) / first.numel() - cfg.feature_probability) < 3e-3
         assert low <= active.min() < low + 0.01 and 0.99 < active.max() <= 1
         assert abs(active.mean() - (low + 1) / 2) < 0.02
+
+
+def test_rows_of_zeros_are_one_row_that_counts_as_many():
+    x = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 0.0], [0.0, -1.0]])
+    rows = gathered(x)
+    assert rows.x.tolist() == [[0.5, 0.0], [0.0, -1.0], [0.0, 0.0]] and rows.count.tolist() == [1, 1, 2]
+    rows = gathered(x[1:2])
+    assert rows.x.tolist() == [[0.5, 0.0]] and rows.count.tolist() == [1]
+    cfg = toy_config("resid_mlp_1")
+    some, whole = GatheredFeatures(cfg, 1024, 0, "spd", CPU), SparseFeatures(cfg, 1024, 0, "spd", CPU)
+    for _ in range(2):
+        batch, x = some.next_batch(), whole.next_batch()
+        assert batch.count.sum() == 1024 and abs(len(batch.x) / 1024 - (1 - 0.99**100)) < 0.05
+        assert torch.equal(batch.x[:-1], x[(x != 0).any(1)])
+    assert some.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize("name", ["tms_5_2_id", "resid_mlp_2"])
+def test_a_toy_makes_the_same_of_zeros_whatever_stands_in_for_its_maps(name: str):
+    """So that it does not matter that rows of zeros have their masks in common."""
+    toy, spd = small_toy(name)
+    zeros = torch.zeros(3, toy.wanted(torch.eye(5)).shape[1])
+    made = ParameterDecomposition(find_maps(toy, spd.maps), spd.importance, 0, spd.tie)
+    g = importances(made, toy, zeros)
+    with made.installed(masks.stochastic(g, dict.fromkeys(g), spd.sampling, spd.delta)):
+        masked = toy(zeros)
+    torch.testing.assert_close(masked, toy(zeros))
+    assert torch.equal(masked[0], masked[1])
+
+
+@pytest.mark.parametrize("name", ["tms_5_2_id", "resid_mlp_2"])
+def test_losses_and_gradients_of_counted_rows_are_those_of_all_rows(name: str):
+    toy, spd = small_toy(name)
+    # Masks that are not drawn, so that rows have the same ones in both.
+    losses = {"r": ReconstructionConfig(coefficient=1.0, masks=Masks.importance, routing=Routing.layerwise)}
+    spd = replace(spd, losses=losses, frequency=0.1)
+    x = torch.zeros(7, 5)
+    x[2, 1], x[3, 4], x[3, 0], x[6, 2] = 0.5, 1.0, 0.25, 0.75
+    values = []
+    for subject, batch in ((Vectors(toy), x), (CountedVectors(toy), gathered(x))):
+        made = ParameterDecomposition(find_maps(toy, spd.maps), spd.importance, 0, spd.tie)
+        objective = SPDObjective(made, subject, spd, (7,))
+        loss, terms = objective.loss(batch, 0.5)
+        loss.backward()
+        assert terms["r"] > 0 and terms["minimality"] > 0
+        values.append((loss.detach(), {key: p.grad for key, p in objective.named_parameters()}, terms))
+    torch.testing.assert_close(values[0], values[1])
 
 
 # --- scores, where the answer is known by construction ---

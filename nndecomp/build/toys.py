@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nndecomp.activations.sparse_features import SparseFeatures
+from nndecomp.activations.sparse_features import GatheredFeatures, SparseFeatures
 from nndecomp.build.settings import device
 from nndecomp.build.toy_settings import toy_settings
 from nndecomp.config.schema import RunConfig
@@ -14,7 +14,7 @@ from nndecomp.training.log import Log
 from nndecomp.training.loop import train
 from nndecomp.training.parameters import SPDObjective
 from nndecomp.training.state import saved_steps
-from nndecomp.training.subjects import Vectors
+from nndecomp.training.subjects import CountedVectors, Vectors
 from nndecomp.training.toys import ToyObjective
 
 
@@ -33,10 +33,14 @@ def decomposed_toy(cfg: RunConfig, toy: Toy, out: Path) -> ParameterDecompositio
     own, spd = toy_settings(cfg)
     decomposition = ParameterDecomposition(find_maps(toy, spd.maps), spd.importance, cfg.seed, spd.tie)
     batch = cfg.training.batch_tokens
-    objective = SPDObjective(decomposition, Vectors(toy), spd, (batch,))
+    # Adversaries may carry a source for each row of a batch.
+    gathers = not any(each.adversarial for each in spd.losses.values())
+    subject = CountedVectors(toy) if gathers else Vectors(toy)
+    objective = SPDObjective(decomposition, subject, spd, (batch,))
     if not saved_steps(out / "checkpoint"):
         objective.start(cfg.name)
-    rows = SparseFeatures(own, batch, cfg.seed, "spd", device(cfg))
+    stream = GatheredFeatures if gathers else SparseFeatures
+    rows = stream(own, batch, cfg.seed, "spd", device(cfg))
 
     def look(step: int) -> dict[str, float]:
         return scores(recovered_toy(cfg, toy, decomposition))

@@ -42,6 +42,7 @@ class _Step:
     batch: Any
     gates: Gates
     reference: Tensor
+    reads: dict[str, Tensor | None]  # of the components, undisturbed, in the order in which maps run; null: not known
     outputs: dict[str, Tensor] | None  # of the maps, undisturbed; null where no loss compares them
 
 
@@ -85,7 +86,8 @@ class SPDObjective(nn.Module):
             clean = self._subject.run(batch)
         importances = self.decomposition.importances(inputs)
         gates = {name: masks.gate(each.q, self.cfg.sampling) for name, each in importances.items()}
-        step = _Step(batch, gates, self._subject.reference(clean), outputs)
+        reads = {name: importances[name].a for name in inputs}
+        step = _Step(batch, gates, self._subject.reference(clean), reads, outputs)
         real = self._subject.real(batch)
 
         with torch.autocast(next(iter(inputs.values())).device.type, enabled=False):
@@ -145,9 +147,14 @@ class SPDObjective(nn.Module):
         return damage(step.gates, adversary.values(raw))
 
     def _run(self, cfg: ReconstructionConfig, step: _Step, masking: Masking) -> Tensor:
-        """One run of the model with masked components, and how far it is from the undisturbed one."""
+        """One run of the model with masked components, and how far it is from the undisturbed one.
+
+        The first map to run that has components takes in what it does undisturbed: what they read of it is not read again.
+        """
         outputs: dict[str, Tensor] = {}
-        with self.decomposition.installed(masking, outputs):
+        first = next(name for name in step.reads if name in masking)
+        known = step.reads[first]
+        with self.decomposition.installed(masking, outputs, {} if known is None else {first: known}):
             masked = self._subject.run(step.batch)
         match cfg.reconstructed:
             case Reconstructed.outputs:

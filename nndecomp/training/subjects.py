@@ -1,7 +1,7 @@
 """What a parameter decomposition is trained on: a model, its batches, and how far its outputs are from the undisturbed ones.
 
 language model    mean over real positions of KL(P || Q), nats; P from the undisturbed run, Q from the masked one
-vectors           mean over entries of (y - y_hat)^2
+vectors           mean over entries of (y - y_hat)^2; a row that counts n times is n rows
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nndecomp.activations.sparse_features import CountedRows
 from nndecomp.targets.base import Target
 from nndecomp.tokens.batch import TokenBatch
 from nndecomp.training.end_to_end import CHUNK_VALUES
@@ -33,8 +34,8 @@ class Subject(Protocol):
 
     def divergence(self, reference: Tensor, masked: Tensor, batch: Any, /) -> Float[Tensor, ""]: ...
 
-    def real(self, batch: Any, /) -> Bool[Tensor, "*rows"] | None:
-        """Which positions count; null: all."""
+    def real(self, batch: Any, /) -> Bool[Tensor, "*rows"] | Float[Tensor, "*rows"] | None:
+        """Which positions count, or how often each does; null: all once."""
         ...
 
 
@@ -140,3 +141,32 @@ class Vectors:
         batch: Float[Tensor, "sample d_in"],
     ) -> Float[Tensor, ""]:
         return (masked - reference).square().mean()
+
+
+class CountedVectors:
+    """As `Vectors`, where rows stand for many equal ones. That is exact for rows of which the model makes the same whatever
+    stands in for its maps: masks are drawn once for all rows that one row stands for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    def run(self, batch: CountedRows) -> Float[Tensor, "sample d_out"]:
+        return self._model(batch.x)
+
+    def real(self, batch: CountedRows) -> Float[Tensor, " sample"]:
+        return batch.count
+
+    def reference(self, clean: Float[Tensor, "sample d_out"]) -> Float[Tensor, "sample d_out"]:
+        return clean
+
+    def divergence(
+        self,
+        reference: Float[Tensor, "sample d_out"],
+        masked: Float[Tensor, "sample d_out"],
+        batch: CountedRows,
+    ) -> Float[Tensor, ""]:
+        return batch.count @ (masked - reference).square().mean(1) / batch.count.sum()

@@ -66,9 +66,13 @@ def masked(
     m: Float[Tensor, "*masked C"],
     mu: Float[Tensor, "*leftover"] | None,
     route: Bool[Tensor, "*routed"] | None,
+    a: Float[Tensor, "*rows C"] | None = None,
 ) -> Float[Tensor, "*rows d_out"]:
-    """z where `route` says so (null: everywhere), and y, the map's own output on the same x, elsewhere. mu null: 0."""
-    a = components.read(x)
+    """z where `route` says so (null: everywhere), and y, the map's own output on the same x, elsewhere. mu null: 0.
+
+    a: what the components read of x, where it is known.
+    """
+    a = components.read(x) if a is None else a
     if mu is None:
         z = (a * m) @ components.U
         z = z if bias is None else z + bias

@@ -27,6 +27,7 @@ class Importances:
     """Of one map, from its logits q."""
 
     q: Float[Tensor, "*rows C"]
+    a: Float[Tensor, "*rows C"] | None = None  # what the components read, where that is what they are made from
 
     @cached_property
     def g(self) -> Float[Tensor, "*rows C"]:
@@ -88,7 +89,7 @@ class ParameterDecomposition(nn.Module):
     def importance_of(self, name: str, x: Input) -> Importances:
         """Of one map from its own input."""
         assert isinstance(self.importance, LayerwiseImportance), "importances of all maps are made together"
-        return Importances(self.importance.of(name, x, self.components[name]))
+        return Importances(*self.importance.of(name, x, self.components[name]))
 
     def leftover(self) -> dict[str, Float[Tensor, "d_in d_out"]]:
         """D = M - V U of each map."""
@@ -105,11 +106,19 @@ class ParameterDecomposition(nn.Module):
         )
 
     @contextmanager
-    def installed(self, masking: Masking, outputs: dict[str, Tensor] | None = None) -> Iterator[None]:
-        """Within the block, masked components stand in for the maps that `masking` names; what they return is kept in `outputs`."""
-        own = self.components
+    def installed(
+        self,
+        masking: Masking,
+        outputs: dict[str, Tensor] | None = None,
+        reads: Mapping[str, Float[Tensor, "*rows C"]] | None = None,
+    ) -> Iterator[None]:
+        """Within the block, masked components stand in for the maps that `masking` names; what they return is kept in `outputs`.
+
+        reads: what components of some maps read, where it is known beforehand.
+        """
+        own, known = self.components, reads or {}
         substitutes: dict[Tap, Substitute] = {
-            self.maps[name].tap: partial(_stand_in, name, own[name], self._biases[name], mask, outputs)
+            self.maps[name].tap: partial(_stand_in, name, own[name], self._biases[name], mask, known.get(name), outputs)
             for name, mask in masking.items()
         }
         with substituting(substitutes):
@@ -149,9 +158,16 @@ def _keep(name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor] | Non
 
 
 def _stand_in(
-    name: str, own: Components, bias: Tensor | None, mask: Mask, outputs: dict[str, Tensor] | None, x: Tensor, y: Tensor
+    name: str,
+    own: Components,
+    bias: Tensor | None,
+    mask: Mask,
+    a: Tensor | None,
+    outputs: dict[str, Tensor] | None,
+    x: Tensor,
+    y: Tensor,
 ) -> Tensor:
-    z = masked(own, x, y, bias, mask.m, mask.mu, mask.route)
+    z = masked(own, x, y, bias, mask.m, mask.mu, mask.route, a)
     if outputs is not None:
         outputs[name] = z
     return z

@@ -141,9 +141,12 @@ class LayerwiseImportance(nn.Module):
         self.kind, self.names = cfg.kind, [each.name for each in maps]
         self.functions = nn.ModuleList(_function(each, C, cfg, draw) for each, C in maps.items())
 
-    def of(self, name: str, x: Input, components: Components) -> Float[Tensor, "*rows C"]:
-        seen = components.read(x) if self.kind is ImportanceKind.mlp else x
-        return self.functions[self.names.index(name)](seen.float())
+    def of(
+        self, name: str, x: Input, components: Components
+    ) -> tuple[Float[Tensor, "*rows C"], Float[Tensor, "*rows C"] | None]:
+        """q, and what the components read of x; null where importances do not see it."""
+        a = components.read(x) if self.kind is ImportanceKind.mlp else None
+        return self.functions[self.names.index(name)]((x if a is None else a).float()), a
 
     def gate_weights(self, maps: Mapping[LinearMap, int]) -> list[int]:
         """Weights that one token's importances take, by map; where components' own reads are seen, V with them."""

@@ -35,9 +35,12 @@ def p_at(progress: float, cfg: SPDConfig) -> float:
 
 
 def minimality(
-    upper: Mapping[str, Float[Tensor, "*rows C"]], real: Bool[Tensor, "*rows"] | None, p: float, frequency: float
+    upper: Mapping[str, Float[Tensor, "*rows C"]],
+    real: Bool[Tensor, "*rows"] | Float[Tensor, "*rows"] | None,
+    p: float,
+    frequency: float,
 ) -> Float[Tensor, ""]:
-    """upper: h of each map. real: the positions that count, null where all do. Powers in float32."""
+    """upper: h of each map. real: the positions that count, or how often each does; null where all do once. Powers in float32."""
     costs = []
     for h in upper.values():
         values = (h.float() + EPSILON).pow(p).flatten(0, -2)
