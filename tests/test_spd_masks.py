@@ -17,9 +17,9 @@ from nndecomp.config.spd import AscentConfig, SourceScope, SourceStart
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
 from nndecomp.decompositions.spd.gated import GatedParameters, kept_positions
 from nndecomp.decompositions.spd.gates import Gate, GateKind
-from nndecomp.decompositions.spd.masks import important
+from nndecomp.decompositions.spd.masks import Mask, important
 from nndecomp.errors import SettingError
-from nndecomp.evaluation.masking import kl_of
+from nndecomp.evaluation.masking import kl_of, shared_sources
 from nndecomp.evaluation.patching import Batch
 from nndecomp.evaluation.rows import Context, Measurement, table
 from nndecomp.evaluation.suite import evaluate
@@ -41,7 +41,8 @@ def measured(target: Target, parameters: GatedParameters, masks: MasksConfig, **
 
 
 def kls(target: Target, parameters: GatedParameters, kinds: list[EvaluatedMasks], **settings: Any) -> dict[str, float]:
-    found = measured(target, parameters, MasksConfig(kinds=kinds, **settings))
+    few_steps = {"pgd": AscentConfig(n_steps=5, step_size=0.3)}
+    found = measured(target, parameters, MasksConfig(kinds=kinds, **{**few_steps, **settings}))
     return {kind.value: found[f"kl_{kind.value}_masks"].value for kind in kinds}
 
 
@@ -89,7 +90,8 @@ def test_where_everything_is_important_a_perfect_decomposition_loses_nothing(del
     target = small_language_model()
     parameters = GatedParameters(with_importances(perfect(target), 1.5), target, IMPORTANCE)
     found = kls(target, parameters, ALL, delta=delta)
-    assert all(found[kind] < 1e-6 for kind in ("importance", "rounded", "ones", "stochastic", "pgd")), found
+    unharmed = ("importance", "rounded", "ones", "stochastic", "pgd", "pgd_shared")
+    assert all(found[kind] < 1e-6 for kind in unharmed), found
     assert found["zeros"] > 0.01 and found["random"] > 0.01, "these masks do not ask what is important"
 
 
@@ -113,7 +115,11 @@ def test_what_components_leave_takes_part_in_stochastic_and_adversarial_masks_al
     one_step = AscentConfig(n_steps=1, step_size=0.1)  # after many the adversary has turned the leftover off
     with_delta, without = (kls(target, parameters, ALL, delta=delta, pgd=one_step) for delta in (True, False))
     assert len(set(without.values())) == 1, "no component does anything"
-    assert {kind for kind in without if with_delta[kind] != without[kind]} == {"stochastic", "pgd"}
+    assert {kind for kind in without if with_delta[kind] != without[kind]} == {
+        "stochastic",
+        "pgd",
+        "pgd_shared",
+    }
 
 
 @pytest.mark.parametrize("scope", [SourceScope.single, SourceScope.each])
@@ -154,6 +160,53 @@ def test_the_adversary_climbs_the_very_kl_that_is_scored():
     rows = evaluate(target, [parameters], padded, KEPT, means, cfg, seed=0)
     (scored,) = (row.value for row in rows if row.metric == "kl" and row.inputs == "clean_gates")
     assert float(kl_of(target, parameters, batch)(masks).detach()) == pytest.approx(scored, rel=1e-5)
+
+
+def test_of_a_text_that_is_one_batch_shared_sources_are_those_of_the_batch():
+    target = small_language_model()
+    masks = MasksConfig(kinds=[EvaluatedMasks.pgd, EvaluatedMasks.pgd_shared])
+    found = measured(target, gated(target, IMPORTANCE), masks, batch_seqs=4)
+    assert found["kl_pgd_shared_masks"].value == found["kl_pgd_masks"].value > 0
+
+
+@pytest.mark.parametrize("scope", [SourceScope.single, SourceScope.across_batch])
+def test_shared_sources_climb_the_kl_of_all_text_however_it_is_cut_into_batches(scope: SourceScope):
+    """Against ascent on all of it at once. The second sequence is mostly padding: predictions count, not batches."""
+    target = small_language_model()
+    parameters, padded = gated(target, IMPORTANCE), text(2, padding=3)
+    ascent = AscentConfig(n_steps=8, step_size=0.1, source_scope=scope)
+    cfg = MasksConfig(kinds=[EvaluatedMasks.pgd_shared], pgd=ascent)
+
+    def batch(seqs: slice) -> Batch:
+        mask = padded.mask[seqs]
+        kept = (KEPT[:2] & padded.mask)[seqs].flatten().nonzero()[:, 0]
+        return Batch(padded.tokens[seqs], kept, seqs, mask[:, 1:] & mask[:, :-1])
+
+    one_by_one = shared_sources(target, parameters, lambda: map(batch, [slice(0, 1), slice(1, 2)]), cfg, seed=0)
+    whole = batch(slice(0, 2))
+    gates = {name: g for name, (g, _) in parameters.gates(whole.tokens).items()}
+    routes = dict.fromkeys(gates, kept_positions(whole))
+    torch.manual_seed(0)
+    positions = 6 if scope is SourceScope.across_batch else 1
+    s = {name: torch.rand(1, positions, g.shape[-1] + 1) for name, g in gates.items()}
+    for _ in range(8):
+        leaves = {name: each.clone().requires_grad_() for name, each in s.items()}
+        masks = {
+            name: Mask(g + (1 - g) * leaves[name][..., :-1], leaves[name][..., -1].expand(2, 6), routes[name])
+            for name, g in gates.items()
+        }
+        found = torch.autograd.grad(kl_of(target, parameters, whole)(masks), list(leaves.values()))
+        s = {name: (each + 0.1 * g.sign()).clamp(0, 1) for (name, each), g in zip(s.items(), found, strict=True)}
+    torch.testing.assert_close(one_by_one, s)
+
+
+def test_an_adversary_for_each_sequence_does_more_damage_than_one_for_all():
+    target = small_language_model()
+    ascent = AscentConfig(n_steps=6, step_size=0.1, source_start=SourceStart.zeros)
+    masks = MasksConfig(kinds=[EvaluatedMasks.importance, EvaluatedMasks.pgd, EvaluatedMasks.pgd_shared], pgd=ascent)
+    found = measured(target, gated(target, IMPORTANCE), masks, batch_seqs=1)
+    importance, shared, own = (found[f"kl_{kind}_masks"].value for kind in ("importance", "pgd_shared", "pgd"))
+    assert importance < shared < own
 
 
 def test_positions_where_no_component_stands_are_left_alone():
@@ -204,6 +257,10 @@ def test_a_decomposition_is_measured_so_once_behind_its_importances():
         ("evaluation.masks.pgd.n_steps=0", "evaluation.masks.pgd.n_steps=0 must be a number of steps"),
         ("evaluation.masks.pgd.step_size=0", "evaluation.masks.pgd.step_size=0.* must be positive"),
         ("+evaluation.masks.subsets.none=[]", r"evaluation.masks.subsets.none=\[\] must be a word and patterns"),
+        (
+            "evaluation.masks={kinds: [pgd_shared], pgd: {source_scope: each}}",
+            "evaluation.masks.pgd.source_scope=each has sources for single sequences, .* cannot share",
+        ),
         (
             "evaluation.masks.pgd.source_scope=repeated",
             "evaluation.masks.pgd.source_repeats=8 must divide evaluation.batch_seqs=4",

@@ -29,7 +29,8 @@ class EvaluatedMasks(Enum):
     zeros = "zeros"  # m = 0, nothing left over: of each map its bias alone is there
     random = "random"  # m even in [0, 1] whatever g is, nothing left over
     stochastic = "stochastic"  # m = g + (1 - g) rho, rho and mu even in [0, 1]
-    pgd = "pgd"  # m = g + (1 - g) s, mu = s, with s found by ascent on the KL
+    pgd = "pgd"  # m = g + (1 - g) s, mu = s, with s found by ascent on the KL of each batch
+    pgd_shared = "pgd_shared"  # the same with one s for all held-out text, found by ascent on the KL of all of it
 
 
 @dataclass(kw_only=True)
@@ -38,7 +39,7 @@ class MasksConfig:
 
     kinds: list[EvaluatedMasks] = field(default_factory=list)
     delta: bool = True  # what components leave of the weights takes part in stochastic and pgd
-    pgd: AscentConfig = field(default_factory=lambda: AscentConfig(n_steps=20, step_size=0.1))  # of each batch_seqs
+    pgd: AscentConfig = field(default_factory=lambda: AscentConfig(n_steps=20, step_size=0.1))  # of pgd and pgd_shared
     # m = g for the maps of some of these patterns alone, the others left as they are: name -> patterns of module paths.
     subsets: dict[str, list[str]] = field(default_factory=dict)
 
@@ -46,6 +47,12 @@ class MasksConfig:
         kinds = [each.value for each in self.kinds]
         require(len(set(kinds)) == len(kinds), f"evaluation.masks.kinds={kinds} must name each once")
         self.pgd.check("evaluation.masks.pgd", least_steps=1)
+        require(
+            EvaluatedMasks.pgd_shared not in self.kinds
+            or self.pgd.source_scope in (SourceScope.single, SourceScope.across_batch),
+            f"evaluation.masks.pgd.source_scope={self.pgd.source_scope.value} has sources for single sequences, which "
+            "evaluation.masks.kinds=[pgd_shared] cannot share; write single or across_batch",
+        )
         for name, patterns in self.subsets.items():
             require(
                 name.isidentifier() and bool(patterns),

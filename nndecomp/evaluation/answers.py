@@ -1,6 +1,6 @@
 """How a replacement answers in each of the runs that are measured, whatever it replaces: activations or weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
 
@@ -11,9 +11,10 @@ from nndecomp.config.evaluation import MasksConfig
 from nndecomp.config.schema import Inputs
 from nndecomp.decompositions.base import Active, Decomposition, Replacement
 from nndecomp.decompositions.replacing import Witness, live
+from nndecomp.decompositions.spd.adversary import Sources
 from nndecomp.decompositions.spd.gated import GatedParameters
 from nndecomp.decompositions.spd.gates import GateKind
-from nndecomp.evaluation.masking import Condition, masked_runs
+from nndecomp.evaluation.masking import Condition, masked_runs, shared_sources
 from nndecomp.evaluation.patching import Batch, CleanRun
 from nndecomp.targets.base import Replace, Target
 from nndecomp.types import Site
@@ -34,6 +35,10 @@ class Answers(Protocol):
         """Within the block the target runs with `sites` replaced; afterwards what is yielded says what was active, and the
         witness has been told of every site: what arrived there, or would have been there undisturbed given what the part
         that writes it read, and what replaced it."""
+        ...
+
+    def look_ahead(self, batches: Callable[[], Iterable[Batch]], cfg: MasksConfig, seed: int) -> None:
+        """Before the first batch is measured: finds what all of them have a part in."""
         ...
 
     def masked(self, batch: Batch, cfg: MasksConfig, seed: int) -> Iterator[Condition]:
@@ -78,6 +83,9 @@ class ActivationAnswers:
         with self.target.patch(replacements):
             yield lambda: [run.active() for run in runs]
 
+    def look_ahead(self, batches: Callable[[], Iterable[Batch]], cfg: MasksConfig, seed: int) -> None:
+        pass
+
     def masked(self, batch: Batch, cfg: MasksConfig, seed: int) -> Iterator[Condition]:
         return iter(())
 
@@ -92,6 +100,9 @@ class ActivationAnswers:
 class ParameterAnswers:
     def __init__(self, target: Target, parameters: GatedParameters) -> None:
         self.target, self.parameters = target, parameters
+        self.sources: Sources = {}  # of masks that all batches share
+        gate = parameters.gate
+        self.is_masked = gate.kind is GateKind.importance and not gate.delta  # once a decomposition
 
     def clean(self, batch: Batch, clean: CleanRun) -> tuple[Rows, list[Active]]:
         rows, active = self.parameters.answers(batch)
@@ -125,11 +136,13 @@ class ParameterAnswers:
             for site, value in undisturbed.items():
                 witness(site, batch.rows(value), written[site])
 
+    def look_ahead(self, batches: Callable[[], Iterable[Batch]], cfg: MasksConfig, seed: int) -> None:
+        if self.is_masked:
+            self.sources = shared_sources(self.target, self.parameters, batches, cfg, seed)
+
     def masked(self, batch: Batch, cfg: MasksConfig, seed: int) -> Iterator[Condition]:
-        """Once a decomposition: of the one behind its importances."""
-        gate = self.parameters.gate
-        if gate.kind is GateKind.importance and not gate.delta:
-            yield from masked_runs(self.target, self.parameters, batch, cfg, seed)
+        if self.is_masked:
+            yield from masked_runs(self.target, self.parameters, batch, cfg, seed, self.sources)
 
     def obstacle(self, inputs: Inputs) -> str | None:
         return self.parameters.live_obstacle() if inputs is Inputs.live else None

@@ -171,7 +171,10 @@ def evaluate_all(
     site_sets = dict.fromkeys(sites for m in measured.values() for sites in m.site_sets)
     unpatched = {model: Predictions(n_seqs, model) for model in target.shape.models}
     ablated = {(kind, sites): Predictions(n_seqs, model_of(sites)) for kind in ("zero", "mean") for sites in site_sets}
-    for batch in _batches(heldout, keep, cfg.batch_seqs, target.device):
+    batches = partial(_batches, heldout, keep, cfg.batch_seqs, target.device)
+    for m in measured.values():
+        m.answers.look_ahead(batches, cfg.masks, seed)
+    for batch in batches():
         clean = clean_run(target, batch, needed, whole)
         for model, into in unpatched.items():
             into.add(batch, clean, clean.log_p[model])

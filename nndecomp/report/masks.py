@@ -19,6 +19,7 @@ MEANING = {
     EvaluatedMasks.random: "even in [0, 1]",
     EvaluatedMasks.stochastic: "g + (1 - g) rho",
     EvaluatedMasks.pgd: "g + (1 - g) s, s found by ascent",
+    EvaluatedMasks.pgd_shared: "g + (1 - g) s, one s for all text",
 }
 _ONLY = "ce_increase_only_"
 

@@ -8,7 +8,7 @@ Gradients are taken with respect to s alone; routing is drawn once and kept. Of 
 what the components leave over.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -58,8 +58,18 @@ def started(shape: Sequence[int], cfg: AscentConfig, device: torch.device) -> Te
 
 def pgd(loss_of: LossOf, sources: Sources, n_steps: int, step_size: float) -> Sources:
     """The sources after n_steps of projected ascent by the gradient's sign; they carry no gradient."""
+    return shared_pgd(lambda: [(1.0, loss_of)], sources, n_steps, step_size)
+
+
+def shared_pgd(
+    losses: Callable[[], Iterable[tuple[float, LossOf]]], sources: Sources, n_steps: int, step_size: float
+) -> Sources:
+    """As `pgd`, on a loss that is a weighted sum over batches: one at a time, all of them before each step."""
     for _ in range(n_steps):
-        gradients = _gradients(loss_of, sources)
+        gradients = {name: torch.zeros_like(s) for name, s in sources.items()}
+        for weight, loss_of in losses():
+            for name, each in _gradients(loss_of, sources).items():
+                gradients[name] += weight * each
         sources = {name: (s + step_size * gradients[name].sign()).clamp(0, 1) for name, s in sources.items()}
     return sources
 
@@ -69,12 +79,18 @@ def attacked(
 ) -> dict[str, masks.Mask]:
     """Masks at the sources that ascent on the loss finds from a fresh start, importances held constant meanwhile."""
     fixed = {name: g.detach() for name, g in gates.items() if name in routes}
-    sources = {}
-    for name, g in fixed.items():
-        lead = leading(cfg.source_scope, g.shape[:-1], cfg.source_repeats)
-        sources[name] = started((*lead, g.shape[-1] + 1), cfg, g.device)
+    sources = beginning(fixed, cfg)
     found = pgd(lambda s: loss_of(damaging(fixed, routes, s, delta)), sources, cfg.n_steps, cfg.step_size)
     return damaging(gates, routes, found, delta)
+
+
+def beginning(gates: Gates, cfg: AscentConfig) -> Sources:
+    """Where ascent starts, for the sequences and positions of these gates."""
+    sources = {}
+    for name, g in gates.items():
+        lead = leading(cfg.source_scope, g.shape[:-1], cfg.source_repeats)
+        sources[name] = started((*lead, g.shape[-1] + 1), cfg, g.device)
+    return sources
 
 
 def damaging(gates: Gates, routes: Routes, sources: Mapping[str, Tensor], delta: bool) -> dict[str, masks.Mask]:
