@@ -286,7 +286,7 @@ def test_compiled_code_is_kept_and_where_nothing_can_be_written_a_sentence_says_
         may = compiled.os.access  # the superuser may write anywhere
         monkeypatch.setattr(compiled.os, "access", lambda path, mode: str(path) != "/proc" and may(path, mode))
         assert compiled.obstacle() == (
-            "/proc cannot be written, where native.cpp would be compiled; XDG_CACHE_HOME names another place"
+            "/proc cannot be written, where native kernels would be compiled; XDG_CACHE_HOME names another place"
         )
     finally:
         for each in places:

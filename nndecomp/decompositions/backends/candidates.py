@@ -1,4 +1,4 @@
-"""Entries of a batch that may be selected, found block by block while pre-activations are in the cache; on the C++ side of native.cpp.
+"""Entries of a batch that may be selected, found block by block while pre-activations are in the cache; on the C++ side in cpp/.
 
 Screening: x . w from 8-bit x and w has an error with a standard deviation of at most (|w| s_x + |x| s_w) / sqrt(12), s the steps of
 the grids. What could be selected if its error were _SIGMAS of these is computed once more in float32, and selected by that.
@@ -18,7 +18,9 @@ from nndecomp.decompositions.backends.compiled import FLOAT, LONG, library, poin
 from nndecomp.decompositions.backends.interface import Affine
 from nndecomp.decompositions.support import Selected, Support
 
-# Entries of one block: it stays in the cache between the product and the selection.
+# Of W, what is packed at once: it stays in the cache while it meets all tokens.
+PACKED = 3 << 17
+# Entries of one block of products in 8 bits: it stays in the cache between the product and the selection.
 BLOCK = 1 << 22
 _SIGMAS = 4.0
 
@@ -32,15 +34,11 @@ class Candidates:
 
     def add(self, of: Affine, threshold: Float[Tensor, "feature"] | None = None, base: int = 0) -> None:
         """All entries of a group whose first feature has the number `base`."""
-        for rows, own in _blocks(self.n_tokens, len(of.W)):
-            x, W = of.x[rows], of.W[own]
-            pre = _block(len(x), len(W), torch.float32)
-            torch.mm(x, W.T, out=pre)
-            library().candidates_add(
-                *(self.handle, pointer(pre), LONG(len(W)), LONG(base + own.start), pointer(of.b[own])),
-                *(pointer(None if each is None else each[own]) for each in (of.c, threshold)),
-                *(LONG(rows.start), LONG(len(x)), threads()),
-            )
+        library().candidates_add(
+            *(self.handle, pointer(of.x), LONG(of.x.stride(0)), pointer(of.W), LONG(of.W.stride(0))),
+            *(*map(LONG, of.W.shape), pointer(of.b), pointer(of.c), pointer(threshold)),
+            *(LONG(base), LONG(max(256, min(1024, PACKED // of.x.shape[1]))), threads()),
+        )
 
     def screen(
         self,

@@ -1,4 +1,4 @@
-"""native.cpp, compiled on first use for the machine at hand, and kept in the user's cache directory."""
+"""The C++ in cpp/, compiled on first use for the machine at hand, and kept in the user's cache directory."""
 
 import ctypes
 import hashlib
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = sorted(Path(__file__).with_name("cpp").iterdir())
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
     # Sums in any order, and no bookkeeping of floating-point exceptions. NaN and infinity stay what they are.
@@ -33,9 +33,9 @@ def obstacle() -> str | None:
         return None
     there = next(each for each in _library_path().parents if each.exists())
     if not os.access(there, os.W_OK):
-        return f"{there} cannot be written, where {SOURCE.name} would be compiled; XDG_CACHE_HOME names another place"
+        return f"{there} cannot be written, where native kernels would be compiled; XDG_CACHE_HOME names another place"
     complaint = _compile(_library_path())
-    return None if complaint is None else f"{_compiler()} cannot compile {SOURCE.name}: {complaint}"
+    return None if complaint is None else f"{_compiler()} cannot compile native kernels: {complaint}"
 
 
 @cache
@@ -55,7 +55,7 @@ def _library_path() -> Path:
     """Of this source, compiler and processor: another one has a library of its own. A process stays with what it found first."""
     processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     flags = [line for line in processor.splitlines() if line.startswith(("flags", "Features", "model name"))]
-    made_of = "\n".join((SOURCE.read_text(), *FLAGS, _compiler(), *flags))
+    made_of = "\n".join((*(each.read_text() for each in SOURCES), *FLAGS, _compiler(), *flags))
     cache_directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache_directory / "nndecomp" / f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
 
@@ -64,7 +64,8 @@ def _compile(path: Path) -> str | None:
     """What the compiler says if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_suffix(f".{os.getpid()}")
-    made = subprocess.run([_compiler(), *FLAGS, str(SOURCE), "-o", str(own)], capture_output=True, text=True)
+    sources = [str(each) for each in SOURCES if each.suffix == ".cpp"]
+    made = subprocess.run([_compiler(), *FLAGS, *sources, "-o", str(own)], capture_output=True, text=True)
     if made.returncode:
         return made.stderr.strip().splitlines()[0] if made.stderr.strip() else f"exit status {made.returncode}"
     own.replace(path)  # whole or not at all, also where several processes start at once

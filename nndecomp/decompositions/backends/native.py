@@ -1,4 +1,4 @@
-"""The hot path in C++ (native.cpp), for float32 on the CPU.
+"""The hot path in C++ (cpp/), for float32 on the CPU.
 
     encoder   in blocks of features, into one buffer that is used again; entries are selected while a block is in the cache,
               so that no [token, feature] matrix is written or read

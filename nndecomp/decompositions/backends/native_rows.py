@@ -1,4 +1,4 @@
-"""Adam on gradients made a row at a time, in C++ (native.cpp)."""
+"""Adam on gradients made a row at a time, in C++ (cpp/rows.cpp)."""
 
 import ctypes
 from typing import ClassVar
@@ -13,7 +13,7 @@ from nndecomp.decompositions.backends.native import BACKEND
 
 
 class _Struct(ctypes.Structure):
-    """RowGradient of native.cpp."""
+    """RowGradient of cpp/rows.cpp."""
 
     _fields_ = (
         *(("rows", ctypes.c_void_p), ("stride", LONG), ("tokens", ctypes.c_void_p), ("order", ctypes.c_void_p)),

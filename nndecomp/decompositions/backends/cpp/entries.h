@@ -1,0 +1,140 @@
+// Entries of a batch that may be selected.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+constexpr long CHUNK = 32;    // entries that are compared at once, before any of them is looked at alone
+constexpr long GROUPS = 128;  // of a first block, whose maxima say what the k-th largest entry is at least
+
+struct Entry {
+  float key;  // z c, by which entries are compared; while screened, what it is at most
+  float z;    // while screened, the width of what key can be: it is at least key - z
+  int32_t feature;
+};
+
+// NaN before everything, so that it is selected and seen; then by key, and by feature where keys are equal.
+inline bool before(const Entry& a, const Entry& b) {
+  const bool a_nan = a.key != a.key, b_nan = b.key != b.key;
+  if (a_nan != b_nan) return a_nan;
+  if (!a_nan && a.key != b.key) return a.key > b.key;
+  return a.feature < b.feature;
+}
+
+struct Row {
+  std::vector<Entry> entries;
+  float threshold;
+  long most = 0;  // entries, while screened, before those are dropped that cannot be among the largest
+};
+
+struct Candidates {
+  long k;  // > 0: the k largest of every row; 0: all above a threshold
+  std::vector<Row> rows;
+};
+
+inline void keep_largest(Row& row, long k) {
+  std::nth_element(row.entries.begin(), row.entries.begin() + (k - 1), row.entries.end(), before);
+  row.entries.resize(k);
+  row.threshold = row.entries[k - 1].key;
+  if (row.threshold != row.threshold) row.threshold = std::numeric_limits<float>::infinity();
+}
+
+enum class Than { not_less, not_less_or_equal, greater };  // of what is not a number, the first two hold
+
+template <Than than>
+inline bool hit(float key, float t) {
+  return than == Than::greater ? key > t : than == Than::not_less ? !(key < t) : !(key <= t);
+}
+
+// Of CHUNK keys, one bit each.
+template <Than than>
+inline uint32_t hits(const float* key, float t) {
+#ifdef __AVX512F__
+  constexpr int how = than == Than::greater ? _CMP_GT_OQ : than == Than::not_less ? _CMP_NLT_UQ : _CMP_NLE_UQ;
+  const __m512 at = _mm512_set1_ps(t);
+  const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(key + 16), at, how);
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(key), at, how) | (high << 16);
+#else
+  int any = 0;
+  for (long i = 0; i < CHUNK; ++i) any |= hit<than>(key[i], t);
+  if (!any) return 0;
+  uint32_t mask = 0;
+  for (long i = 0; i < CHUNK; ++i) mask |= uint32_t(hit<than>(key[i], t)) << i;
+  return mask;
+#endif
+}
+
+// add(j) for every key that is (see `than`) the threshold, which add may raise.
+template <Than than, typename Add>
+inline void scan(const float* key, long n, const float& threshold, const Add& add) {
+  long j = 0;
+  for (; j + CHUNK <= n; j += CHUNK)
+    for (uint32_t mask = hits<than>(key + j, threshold); mask != 0; mask &= mask - 1) {
+      const long i = j + __builtin_ctz(mask);
+      if (hit<than>(key[i], threshold)) add(i);
+    }
+  for (; j < n; ++j)
+    if (hit<than>(key[j], threshold)) add(j);
+}
+
+// What the k-th largest of n keys is at least: k of the groups j, j + GROUPS, ... have a maximum as large. -infinity where there are
+// too few groups.
+inline float at_least(const float* keys, long n, long k) {
+  const float none = -std::numeric_limits<float>::infinity();
+  if (k > GROUPS || n < 2 * GROUPS) return none;
+  float largest[GROUPS];
+  for (long g = 0; g < GROUPS; ++g) largest[g] = keys[g];
+  for (long j = GROUPS; j + GROUPS <= n; j += GROUPS)
+    for (long g = 0; g < GROUPS; ++g) largest[g] = keys[j + g] > largest[g] ? keys[j + g] : largest[g];
+  for (long g = 0; g < GROUPS; ++g)
+    if (largest[g] != largest[g]) return none;
+  std::nth_element(largest, largest + (k - 1), largest + GROUPS, [](float a, float b) { return a > b; });
+  return largest[k - 1];
+}
+
+// Drops what cannot be among the k largest: its key is at most less than what k others are at least.
+inline void drop_hopeless(Row& row, long k) {
+  if (long(row.entries.size()) <= k) return;
+  std::vector<float> least;
+  least.reserve(row.entries.size());
+  for (const auto& entry : row.entries) least.push_back(entry.key - entry.z);
+  std::nth_element(least.begin(), least.begin() + (k - 1), least.end(), [](float a, float b) { return a > b; });
+  row.threshold = std::max(row.threshold, least[k - 1]);
+  const float t = row.threshold;
+  row.entries.erase(std::remove_if(row.entries.begin(), row.entries.end(), [t](const Entry& e) { return e.key < t; }), row.entries.end());
+}
+
+// Entries among z [n] + bias, of features first .. first + n - 1. z is overwritten; keys [n] are those where c is not null.
+inline void look_through(Row& row, long k, float* __restrict z, long n, long first, const float* bias, const float* c, const float* theta,
+                         float* __restrict keys) {
+  for (long j = 0; j < n; ++j) z[j] += bias[j];
+  if (c != nullptr)
+    for (long j = 0; j < n; ++j) keys[j] = z[j] * c[j];
+  const float* key = c == nullptr ? z : keys;
+  if (k > 0 && first == 0 && row.threshold == -std::numeric_limits<float>::infinity())
+    row.threshold = std::nextafter(at_least(key, n, k), row.threshold);
+  const long most = std::max(4 * k, k + 64);
+  const auto add = [&](long j) {
+    row.entries.push_back({key[j], z[j], int32_t(first + j)});
+    if (k > 0 && long(row.entries.size()) >= most) keep_largest(row, k);
+  };
+  if (theta != nullptr) {
+    for (long j = 0; j < n; j += CHUNK) {
+      const long end = std::min(j + CHUNK, n);
+      int any = 0;
+      for (long i = j; i < end; ++i) any |= key[i] > theta[i];
+      if (any)
+        for (long i = j; i < end; ++i)
+          if (key[i] > theta[i]) add(i);
+    }
+  } else if (k > 0) {
+    scan<Than::not_less_or_equal>(key, n, row.threshold, add);
+  } else {
+    scan<Than::greater>(key, n, row.threshold, add);
+  }
+}

@@ -1,0 +1,84 @@
+// Gradients made a row at a time, and Adam that needs no more of them.
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "sums.h"
+
+namespace {
+
+// A gradient of rows of W that was never written down: of row f the sum over the slots s of feature f of weights[s] * rows[tokens[s]],
+// and of that, if `tangent`, what is orthogonal to W[f].
+struct RowGradient {
+  const float* rows;
+  long stride;
+  const int64_t *tokens, *order, *bounds;
+  const float* weights;
+  int tangent;
+
+  // Writes row f into g [d]; false: it is 0, and g was not written.
+  bool write(long f, const float* w, long d, float* __restrict g) const {
+    if (bounds[f] == bounds[f + 1]) return false;
+    std::memset(g, 0, sizeof(float) * d);
+    add_slots(rows, stride, tokens, order, weights, bounds[f], bounds[f + 1], d, g);
+    if (tangent) {
+      float along = 0;
+      for (long i = 0; i < d; ++i) along += g[i] * w[i];
+      for (long i = 0; i < d; ++i) g[i] -= along * w[i];
+    }
+    return true;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+double row_squares(const RowGradient* gradient, const float* W, long n, long d, int threads) {
+  std::vector<double> of_rows(n, 0);  // added up in their order, however many threads there are
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> g(d);
+#pragma omp for schedule(dynamic, 64)
+    for (long f = 0; f < n; ++f) {
+      if (!gradient->write(f, W + f * d, d, g.data())) continue;
+      float squares = 0;
+      for (long i = 0; i < d; ++i) squares += g[i] * g[i];
+      of_rows[f] = squares;
+    }
+  }
+  double total = 0;
+  for (double squares : of_rows) total += squares;
+  return total;
+}
+
+// m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2, W <- keep W - rate m / (sqrt(v) by + epsilon), g = *clip * gradient.
+void row_adam(const RowGradient* gradient, const float* clip, float* W, float* m, float* v, long n, long d, float keep, float rate,
+              float beta1, float beta2, float by, float epsilon, int threads) {
+  const float factor = *clip;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> row(d);
+#pragma omp for schedule(dynamic, 64)
+    for (long f = 0; f < n; ++f) {
+      float *__restrict a = W + f * d, *__restrict b = m + f * d, *__restrict e = v + f * d;
+      const float* __restrict g = row.data();
+      if (gradient->write(f, a, d, row.data())) {
+        for (long i = 0; i < d; ++i) {
+          const float gi = factor * g[i];
+          b[i] = beta1 * b[i] + (1 - beta1) * gi;
+          e[i] = beta2 * e[i] + (1 - beta2) * gi * gi;
+          a[i] = keep * a[i] - rate * b[i] / (std::sqrt(e[i]) * by + epsilon);
+        }
+      } else {
+        for (long i = 0; i < d; ++i) {
+          b[i] *= beta1;
+          e[i] *= beta2;
+          a[i] = keep * a[i] - rate * b[i] / (std::sqrt(e[i]) * by + epsilon);
+        }
+      }
+    }
+  }
+}
+
+}  // extern "C"
