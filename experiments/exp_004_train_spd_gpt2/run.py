@@ -15,8 +15,8 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
     from nndecomp import build  # late: loads torch, which --help does without
 
     target = build.target(cfg)
-    decomposition = build.parameters_at_flops(cfg, target, out)
-    rows = build.measured_parameters(cfg, target, decomposition, out.name)
+    trained = build.parameters_at_flops(cfg, target, out)
+    rows = build.measured_parameters(cfg, target, trained, out.name)
     return build.reported(rows, out)
 
 

@@ -86,9 +86,16 @@ def scores(rows: "DataFrame") -> dict[str, float]:
 def reported(rows: "DataFrame", out: Path) -> dict[str, float]:
     """Writes the rows, draws the Pareto figure, writes and prints the table, and returns the scores.
 
-    Where families have fronts to compare, these too, and the areas under them; and masks of evaluation.masks.
+    Where families have fronts to compare, these too, and the areas under them; masks of evaluation.masks, and held-out losses.
     """
-    from nndecomp.report import figures, fronts, masks, style, tables  # late: matplotlib and pandas are slow to import
+    from nndecomp.report import (
+        figures,
+        fronts,
+        losses,
+        masks,
+        style,
+        tables,
+    )  # late: matplotlib and pandas are slow to import
 
     write_rows(rows, out / "rows.parquet")
     style.save(figures.pareto(rows), out / "figures", "pareto")
@@ -99,6 +106,10 @@ def reported(rows: "DataFrame", out: Path) -> dict[str, float]:
     if under_masks is not None:
         write_text(out / "masks.md", tables.markdown(under_masks))
         print(f"\nunder masks (evaluation.masks)\n{tables.terminal(under_masks)}")
+    of_training = losses.table(rows)
+    if of_training is not None:
+        write_text(out / "losses.md", tables.markdown(of_training))
+        print(f"\nlosses of training on held-out text\n{tables.terminal(of_training)}")
     if fronts.measured_inputs(rows):
         report_fronts(rows, out)
     return scores(rows)

@@ -34,6 +34,14 @@ def check_parameters(cfg: RunConfig) -> None:
             or (n // seq_len) % each.source_repeats == 0,
             f"spd.losses.{name}.source_repeats={each.source_repeats} must divide the {n // seq_len} sequences of a batch",
         )
+    for name, each in spd.losses.items():
+        require(
+            not each.adversarial
+            or each.source_scope not in (SourceScope.repeated, SourceScope.each)
+            or cfg.evaluation.n_seqs >= n // seq_len,
+            f"spd.losses.{name}.source_scope={each.source_scope.value} has sources for the {n // seq_len} sequences of a batch, but "
+            f"evaluation.n_seqs={cfg.evaluation.n_seqs}, on which losses are measured too, are fewer; write {n // seq_len} or more",
+        )
     sees_later = spd.importance.kind is ImportanceKind.global_shared_transformer and not spd.importance.causal
     require(
         not sees_later or cfg.tokens.packing is Packing.packed,

@@ -19,6 +19,7 @@ from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
 from nndecomp.decompositions.spd.gated import GatedParameters
 from nndecomp.decompositions.spd.gates import Gate, GateKind
 from nndecomp.decompositions.spd.pretrained import load_parameters, save_parameters
+from nndecomp.evaluation.heldout_losses import losses, means
 from nndecomp.evaluation.masking import chosen_maps
 from nndecomp.targets.base import Target
 from nndecomp.targets.maps import find_maps
@@ -39,17 +40,27 @@ def objective(cfg: RunConfig, spd: SPDConfig, target: Target) -> SPDObjective:
     decomposition = ParameterDecomposition(find_maps(target.module(), spd.maps), spd.importance, cfg.seed, spd.tie)
     for name in decomposition.maps:
         target.place_of_map(name)  # refused now, not when it is evaluated
-    rows = (cfg.training.batch_tokens // cfg.tokens.seq_len, cfg.tokens.seq_len)
+    rows = (batch_seqs(cfg), cfg.tokens.seq_len)
     return SPDObjective(decomposition, LanguageModel(target), spd, rows)
 
 
 def token_batches(cfg: RunConfig, target: Target) -> TokenBatches:
     tokens = open_tokens(cfg.tokens, target.tokenizer, cfg.seed)
-    return TokenBatches(tokens, cfg.training.batch_tokens // cfg.tokens.seq_len, target.device)
+    return TokenBatches(tokens, batch_seqs(cfg), target.device)
+
+
+def batch_seqs(cfg: RunConfig) -> int:
+    """Of training."""
+    return cfg.training.batch_tokens // cfg.tokens.seq_len
 
 
 def trained_parameters(cfg: RunConfig, target: Target, out: Path) -> ParameterDecomposition:
-    """Trains the parameter decomposition of `spd`, going on from a checkpoint, and saves it."""
+    """The parameter decomposition of `spd`, as `trained_objective` trains it."""
+    return trained_objective(cfg, target, out).finished()
+
+
+def trained_objective(cfg: RunConfig, target: Target, out: Path) -> SPDObjective:
+    """Trains the parameter decomposition of `spd`, going on from a checkpoint, and saves it; in eval mode."""
     spd = cfg.spd
     require(spd is not None, "spd=null, but this experiment trains a parameter decomposition; write e.g. +spd=tiny")
     assert spd is not None
@@ -68,7 +79,7 @@ def trained_parameters(cfg: RunConfig, target: Target, out: Path) -> ParameterDe
         batches = token_batches(cfg, target)
         train({NAME: made}, batches, cfg.training, out, log=progress, evaluate=evaluate, description=cfg.name)
     save_parameters(made.finished(), out / "decompositions" / NAME, target.name)
-    return made.finished().eval()
+    return made.eval()
 
 
 def saved_parameters(run: Path, target: Target) -> ParameterDecomposition:
@@ -139,7 +150,7 @@ def fits(gate: Gate, decomposition: ParameterDecomposition) -> bool:
 
 
 def _looking(cfg: RunConfig, target: Target, made: SPDObjective, run: str) -> Callable[[int], dict[str, float]]:
-    """Held-out scores on the way, of masks as they are trained and of binary ones; the text is read once."""
+    """Held-out scores on the way, of masks as they are trained and of binary ones, and losses; the text is read once."""
     quick = replace(
         cfg.evaluation,
         patched=[Patched.all],
@@ -154,7 +165,9 @@ def _looking(cfg: RunConfig, target: Target, made: SPDObjective, run: str) -> Ca
     text = heldout(cfg, target, next(iter(now.values())).writes)
 
     def look(step: int) -> dict[str, float]:
-        return scores(
+        progress = step * cfg.training.batch_tokens / cfg.training.n_tokens
+        found = means(*losses(made, text.tokens, batch_seqs(cfg), progress, cfg.seed))
+        return {f"{NAME}/{name}": value for name, value in found.items()} | scores(
             measured(replace(cfg, evaluation=quick), target, {n: [g] for n, g in now.items()}, run, text=text)
         )
 

@@ -18,7 +18,8 @@ class Measurement:
     """One measured number.
 
     inputs   clean | clean_gates | live | none: what the replacements were computed from (none: there were no replacements)
-    patched  all | single | prefixes | none: which written sites were replaced in the run that was measured
+    patched  all | single | prefixes | none: which written sites were replaced in the run that was measured (none also of losses
+             of training, which replace what their settings say)
     site     the sites or the group the number is about: "L2.mlp_out", "L0.mlp_out-L2.mlp_out", "L3", or all
     low high ends of the interval over sequences; nan where there is none
     """
