@@ -85,7 +85,7 @@ class TritonRows(RowUpdate):
     def __init__(self, gradient: RowGradient, W: Float[Tensor, "feature d"]) -> None:
         self.W, self.tangent = W, gradient.tangent
         self.made = FeatureRows.of(gradient.support, gradient.rows, gradient.weights)
-        self._shares: Float[Tensor, feature] | None = None
+        self._shares: Tensor | None = None
 
     @staticmethod
     def rounded(rows: Float[Tensor, "token d"]) -> Float[Tensor, "token d"]:
