@@ -12,11 +12,11 @@ import pytest
 import torch
 from experiment_parts import REPO, start
 
-from nndecomp.build import throughput, throughput_steps, throughput_systems
+from nndecomp.build import throughput, throughput_floor, throughput_steps, throughput_systems
 from nndecomp.build.throughput_harvest import cut, in_turn
 from nndecomp.build.throughput_worker import FLOOR, Worker, size_of
 from nndecomp.config.compose import compose, dump
-from nndecomp.config.schema import RunConfig, SizeConfig
+from nndecomp.config.schema import DType, RunConfig, SizeConfig
 from nndecomp.decompositions.activation_pointwise import JumpRelu
 from nndecomp.errors import SettingError
 from nndecomp.evaluation.agreement import agreement, dense_losses
@@ -42,6 +42,7 @@ from nndecomp.training.flops import count, step_flops
 from nndecomp.types import Point, Site
 
 SIZE = SizeConfig(d_model=16, n_features=64, batch_tokens=128, k=4)
+CPU = torch.device("cpu")
 CLT = SizeConfig(d_model=16, n_features=64, batch_tokens=128, k=4, n_layers=3)
 
 TINY = {"n_layers": 3, "d_model": 16, "d_mlp": 32, "n_heads": 2, "n_kv_heads": 2, "n_ctx": 8, "n_vocab": 50}
@@ -90,7 +91,7 @@ def test_what_a_sparse_step_needs_is_what_ours_is_counted_to_do(cfg: RunConfig):
         counted, _ = step_flops(made, rows, training)
         # What the input's gradient would cost (the bias that centres it is trained) is not needed: one product of a row each.
         assert sparse_flops(size) <= counted <= sparse_flops(size) + 2 * size.batch_tokens * size.k * size.d_model
-    floor = throughput_steps.floor(SIZE, throughput_steps.rows(SIZE, 1, seed=0)[0])
+    floor = throughput_floor.floor(SIZE, throughput_steps.rows(SIZE, 1, seed=0)[0], DType.float32)
     assert count(floor["encoder"]) == encoder_flops(SIZE)
     x, y = torch.randn(2, CLT.batch_tokens, CLT.n_layers, CLT.d_model)
     assert count(lambda: DensePairs(CLT, 1e-3).step(x, y)) == dense_flops(CLT)
@@ -141,16 +142,16 @@ def test_systems_that_are_not_there_are_said_once_and_refused_when_named(
         monkeypatch.setattr(module, "systems", lambda: known)
     assert cfg.throughput is not None
     with caplog.at_level(logging.WARNING):
-        names = throughput.chosen(cfg.throughput)
+        names = throughput.chosen(cfg.throughput, CPU)
     assert "nndecomp_torch_topk" in names and nobody.name not in names
     (said,) = caplog.messages
     assert "a-library-of-nobody" in said and "cannot be imported and are left out" in said
     cfg.throughput.systems = [nobody.name]
     with pytest.raises(SettingError, match="a_library_of_nobody_topk.* need .*a-library-of-nobody"):
-        throughput.chosen(cfg.throughput)
+        throughput.chosen(cfg.throughput, CPU)
     cfg.throughput.systems = ["nobody_topk"]
     with pytest.raises(SettingError, match="must be among nndecomp_torch_topk"):
-        throughput.chosen(cfg.throughput)
+        throughput.chosen(cfg.throughput, CPU)
     cfg.throughput.systems = None
 
 
@@ -211,8 +212,64 @@ def test_the_fast_step_learns_and_selects_as_dense_products_do(cfg: RunConfig, a
     assert differs > 0.02, f"from other weights losses are others, not within {differs}"
 
 
+def floor_of(encoder: list[float], optimiser: list[float]) -> Floor:
+    """Of a device that multiplies 1 TFLOP/s, copies 1 GB/s, and 4 GB/s where it is in the cache."""
+    copy, cache, product = [0.2] * 2, [0.5] * 2, [2.0] * 2
+    amounts = {"copied": 10**8, "cached": 10**9, "side": 10**4, "bits": 16, "on": "a GPU"}
+    return Floor("own", SIZE, encoder, optimiser, copy, cache, product, **amounts)
+
+
+def test_the_roofline_is_what_must_be_done_at_the_rates_that_were_measured():
+    floor = floor_of([0.1, 0.1], [0.1, 0.1])
+    assert (floor.product_rate, floor.copy_rate, floor.cache_rate) == (1e12, 1e9, 4e9)
+    product = 2 * 128 * 16 * 64 / 1e12
+    adam = 24 * (2 * 64 * 16 + 64 + 16) / 1e9
+    rows = 2 * 4 * 128 * 4 * 16 / 4e9  # of 2 bytes, 4 times for each of 4 features a token
+    assert floor.roofline == pytest.approx([product + adam + rows] * 2)
+    times = Times(
+        Subject("nndecomp", "1", "topk", "triton"), "own", [1e-3] * 2, [1e-3] * 2, 1, floor.wall, floor.roofline
+    )
+    share = 1e3 * (product + adam + rows)
+    assert report.scores([times])["own/nndecomp_triton_topk/roofline_share"] == pytest.approx(share)
+    assert list(report.table([times], [floor])["roofline / step"]) == [f"{share:.0%}"]
+    (said, _) = [line for line in report.notes([times], [floor]) if "roofline" in line] + [""]
+    assert "square product at 1 TFLOP/s, a copy at 0.001 TB/s, one in the cache at 0.004 TB/s" in said
+
+
+def test_each_device_has_backends_of_its_own():
+    known, cuda = throughput_systems.systems(), torch.device("cuda")
+    ours = lambda backend: throughput_systems.System("nndecomp", throughput_systems.Activation.topk, backend)  # noqa: E731
+    runs = {
+        backend: (ours(backend).runs_on(CPU), ours(backend).runs_on(cuda)) for backend in ("torch", "native", "triton")
+    }
+    assert runs == {"torch": (True, True), "native": (True, False), "triton": (False, True)}
+    assert [known["torch_topk_dense"].runs_on(each) for each in (CPU, cuda)] == [False, True]
+    assert known["sae_lens_topk"].runs_on(CPU) and known["sae_lens_topk"].runs_on(cuda)
+
+
+def test_systems_of_the_cpu_are_refused_on_a_gpu(cfg: RunConfig):
+    assert cfg.throughput is not None
+    if "nndecomp_native_topk" not in throughput_systems.systems():
+        pytest.skip("no native backend here")
+    asked = replace(cfg.throughput, systems=["nndecomp_native_topk"])
+    with pytest.raises(SettingError, match="nndecomp_native_topk.* work on the CPU; write device=cpu"):
+        throughput.chosen(asked, torch.device("cuda"))
+
+
+def test_the_plain_dense_step_learns_in_either_precision_and_keeps_its_weights_in_float32(cfg: RunConfig):
+    batch, last = throughput_steps.rows(SIZE, 1, seed=0)[0], []
+    for precision in (DType.float32, DType.bfloat16):
+        torch.manual_seed(0)
+        training = replace(cfg.training, autocast=precision, lr=1e-2)
+        step = throughput_steps.dense_pairs(SIZE, training, CPU)
+        losses = [step(batch, number) for number in range(9)]
+        assert losses[-1] < 0.9 * losses[0] and losses[0].dtype == torch.float32
+        last.append(losses[-1].item())
+    assert last[1] != last[0] and last[1] == pytest.approx(last[0], rel=0.02)
+
+
 def test_the_table_divides_by_what_does_the_same():
-    floor = Floor("own", SIZE, [0.004, 0.004], [0.001, 0.002], [0.1, 0.1], 8, 2)
+    floor = floor_of([0.004, 0.004], [0.001, 0.002])
     ours = Times(Subject("nndecomp", "1", "topk", "torch"), "own", [0.010, 0.012], [0.01, 0.01], 2**20, floor.wall)
     theirs = Times(Subject("sae-lens", "2", "topk"), "own", [0.040, 0.048], [0.04, 0.04], 3 * 2**20, floor.wall)
     other = Times(Subject("sae-lens", "2", "jumprelu"), "own", [0.040, 0.048], [0.04, 0.04], 3 * 2**20, floor.wall)
@@ -222,7 +279,7 @@ def test_the_table_divides_by_what_does_the_same():
     found = report.scores([ours, theirs, other])
     assert found["own/sae-lens_topk/times_torch"] == pytest.approx(4)
     assert found["own/nndecomp_torch_topk/floor_share"] == pytest.approx(0.5)
-    assert {FLOOR, *found} and len(report.raw([ours, theirs, other], [floor])) == 3 * 2 + 3 * 2
+    assert {FLOOR, *found} and len(report.raw([ours, theirs, other], [floor])) == 3 * 2 + 5 * 2
 
 
 @pytest.mark.slow

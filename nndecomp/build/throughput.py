@@ -6,10 +6,13 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from nndecomp.build.throughput_steps import COPIED
+import torch
+
+from nndecomp.build.settings import device
+from nndecomp.build.throughput_floor import amounts_on
 from nndecomp.build.throughput_systems import OURS, answering, systems
 from nndecomp.build.throughput_worker import FLOOR, LAYERS, STEP, Worker, size_of
-from nndecomp.config.schema import Activation, RunConfig, SizeConfig, ThroughputConfig, require
+from nndecomp.config.schema import Activation, DType, RunConfig, SizeConfig, ThroughputConfig, require
 from nndecomp.config.throughput import OWN
 from nndecomp.evaluation.timing import Floor, Times
 from nndecomp.training.progress import Progress
@@ -24,18 +27,20 @@ def asked(cfg: RunConfig) -> ThroughputConfig:
     return cfg.throughput
 
 
-def chosen(cfg: ThroughputConfig) -> list[str]:
+def chosen(cfg: ThroughputConfig, device: torch.device) -> list[str]:
     """The systems to measure; SettingError for one that is named but not there, a sentence for one that merely could be."""
     known = {name: systems()[name] for name in answering(cfg.question)}
-    missing = [name for name, system in known.items() if not system.installed]
+    missing = [name for name, system in known.items() if not system.installed and system.runs_on(device)]
     of = sorted({known[name].library for name in missing})
     how = "see experiments/exp_020_throughput/README.md for their environment, the extra `bench`"
     if cfg.systems is None:
         if missing:
             logger.warning("%s cannot be imported and are left out; %s", " and ".join(of), how)
-        return [name for name in known if name not in missing]
+        return [name for name in known if name not in missing and known[name].runs_on(device)]
     unknown = [name for name in cfg.systems if name not in known]
     require(not unknown, f"throughput.systems={unknown} must be among {', '.join(known)}")
+    native = [name for name in cfg.systems if str(known[name].backend).startswith("native") and device.type != "cpu"]
+    require(not native, f"throughput.systems={native} work on the CPU; write device=cpu")
     absent = [name for name in cfg.systems if name in missing]
     require(not absent, f"throughput.systems={absent} need {' and '.join(of)}, which cannot be imported; {how}")
     return cfg.systems
@@ -45,31 +50,34 @@ def timed_steps(cfg: RunConfig, out: Path) -> tuple[list[Times], list[Floor]]:
     """Of every size and system, each in a process of its own that reads <out>/config.yaml. Traces, if they are asked for, go
     to <out>/traces, which is there."""
     throughput = asked(cfg)
-    names = chosen(throughput)
+    where = device(cfg)
+    names = chosen(throughput, where)
     times, floors = [], []
     for size in throughput.at:
         same = [[name for name in names if systems()[name].activation is each] for each in Activation]
         # What is compared is timed together, and no more: every system keeps its memory while it waits.
         for number, group in enumerate(each for each in same if each):
             found = rounds(out, [(size, name) for name in (*group, FLOOR)], throughput)
-            floor = _floor(found.pop((size, FLOOR)), size_of(cfg, size), size)
+            floor = _floor(found.pop((size, FLOOR)), size_of(cfg, size), size, cfg, where)
             floors += [floor] if number == 0 else []
-            times += [_times(name, each, size, floor) for (_, name), each in found.items()]
+            times += [_times(name, each, size, floor, where) for (_, name), each in found.items()]
     return times, floors
 
 
 def grown_steps(cfg: RunConfig, out: Path) -> tuple[dict[str, dict[str, int]], list[Times], list[Floor]]:
     """Names of sizes and their value on each axis, and the times of all of them: those of an axis in turn, as systems are."""
     throughput = asked(cfg)
-    own = size_of(cfg, OWN)
+    own, where = size_of(cfg, OWN), device(cfg)
     values = {axis: [max(1, round(factor * getattr(own, axis))) for factor in throughput.factors] for axis in GROWING}
     values[LAYERS] = throughput.layers
     axes = {axis: {f"{axis}={value}": value for value in along} for axis, along in values.items()}
     times, floors = [], []
     for sizes in axes.values():
-        found = rounds(out, [(size, name) for size in sizes for name in (*chosen(throughput), FLOOR)], throughput)
-        own = {size: _floor(found.pop((size, FLOOR)), size_of(cfg, size), size) for size in sizes}
-        times += [_times(name, each, size, own[size]) for (size, name), each in found.items()]
+        found = rounds(
+            out, [(size, name) for size in sizes for name in (*chosen(throughput, where), FLOOR)], throughput
+        )
+        own = {size: _floor(found.pop((size, FLOOR)), size_of(cfg, size), size, cfg, where) for size in sizes}
+        times += [_times(name, each, size, own[size], where) for (size, name), each in found.items()]
         floors += own.values()
     return axes, times, floors
 
@@ -111,11 +119,17 @@ def rounds(out: Path, pairs: Sequence[Pair], cfg: ThroughputConfig) -> dict[Pair
     return {pair: Found(each, peaks[pair], threads[pair]) for pair, each in answers.items()}
 
 
-def _times(name: str, found: Found, size: str, floor: Floor) -> Times:
+def _times(name: str, found: Found, size: str, floor: Floor, device: torch.device) -> Times:
     cpu = [each["cpu"][STEP] for each in found.answers]
-    return Times(systems()[name].subject, size, found.wall(STEP), cpu, found.peak_bytes, floor.wall)
+    roofline = floor.roofline if device.type == "cuda" else None
+    return Times(systems()[name].subject, size, found.wall(STEP), cpu, found.peak_bytes, floor.wall, roofline)
 
 
-def _floor(found: Found, size: SizeConfig, name: str) -> Floor:
-    parts = {part: found.wall(part) for part in ("encoder", "optimiser", "copy")}
-    return Floor(name, size, **parts, copied=4 * COPIED, threads=found.threads)
+def _floor(found: Found, size: SizeConfig, name: str, cfg: RunConfig, device: torch.device) -> Floor:
+    parts = {part: found.wall(part) for part in ("encoder", "optimiser", "copy", "cache", "product")}
+    amounts = amounts_on(device)
+    bits = 16 if cfg.training.autocast is DType.bfloat16 else 32
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{found.threads} threads"
+    return Floor(
+        name, size, **parts, copied=4 * amounts.copied, cached=4 * amounts.cached, side=amounts.side, bits=bits, on=on
+    )

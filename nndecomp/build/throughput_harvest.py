@@ -22,7 +22,7 @@ from nndecomp.activations.store_writer import write_store
 from nndecomp.activations.stream import StoreStream
 from nndecomp.build.data import target as target_of
 from nndecomp.build.throughput import asked
-from nndecomp.build.throughput_worker import size_of, timed
+from nndecomp.build.throughput_worker import CPU, size_of, timed
 from nndecomp.build.training import trained
 from nndecomp.config.schema import RunConfig, require
 from nndecomp.config.throughput import OWN
@@ -49,7 +49,7 @@ def speeds(cfg: RunConfig, out: Path) -> list[Speed]:
     last = max(cfg.decomposition.layers or [target.shape.of(None).n_layers - 1])
     found = []
     for name in throughput.at:
-        model = cut(target.model, last + 1) if name == OWN else drawn(cfg, name)
+        model = cut(target.model, last + 1) if name == OWN else drawn(cfg, name).to(target.device)
         found += harvest(cfg, LlamaSimpleMLPTarget(name, model, None), throughput.rounds)
     found += stored(cfg, target, out / "store", throughput.rounds)
     return found
@@ -89,12 +89,14 @@ def harvest(cfg: RunConfig, target: LlamaSimpleMLPTarget, rounds: int) -> list[S
     same = RandomTokens(shape.n_vocab, seq_len, cfg.seed)
 
     def bare() -> None:
-        tokens = same.next_batch(n_seqs).tokens
+        tokens = same.next_batch(n_seqs).tokens.to(target.device)
         with torch.inference_mode():
             target.model.residual(tokens)
 
     group = f"{shape.n_layers} layers of d {shape.d_model}, {len(sites)} sites"
-    return in_turn(group, {"bare model": bare, "harvest": read.next_rows}, n_seqs * seq_len, "tokens", rounds)
+    return in_turn(
+        group, {"bare model": bare, "harvest": read.next_rows}, n_seqs * seq_len, "tokens", rounds, target.device
+    )
 
 
 def stored(cfg: RunConfig, target: Target, directory: Path, rounds: int) -> list[Speed]:
@@ -130,12 +132,19 @@ def memory_map(store: Store) -> "np.memmap":
     return np.memmap(store.directory / shard.file, np.float32, "r", store.manifest.rows_offset, shape)
 
 
-def in_turn(group: str, runs: Mapping[str, Callable[[], object]], amount: int, unit: str, rounds: int) -> list[Speed]:
+def in_turn(
+    group: str,
+    runs: Mapping[str, Callable[[], object]],
+    amount: int,
+    unit: str,
+    rounds: int,
+    device: torch.device = CPU,
+) -> list[Speed]:
     """Each once a round, forwards and backwards; the first rounds, which fill caches, are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 2):
         order = dict(list(runs.items())[:: 1 if number % 2 == 0 else -1])
-        for name, wall in timed(order)["wall"].items():
+        for name, wall in timed(order, device)["wall"].items():
             seconds[name].append(wall)
     return [Speed(group, name, amount, unit, wall[2:]) for name, wall in seconds.items()]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nndecomp.build.data import scales, stream
 from nndecomp.build.data import target as target_of
-from nndecomp.build.settings import decomposed_sites
+from nndecomp.build.settings import decomposed_sites, device
 from nndecomp.build.throughput import asked, chosen
 from nndecomp.build.throughput_steps import configured, objective, rows
 from nndecomp.build.throughput_systems import System, systems
@@ -26,8 +26,9 @@ Batches = Sequence[Float[Tensor, "token width"]]
 
 def agreements(cfg: RunConfig) -> list[Agreement]:
     """Of this library's systems, over all steps of `training`, from the same weights."""
+    where = device(cfg)
     by_activation: dict[Activation, list[System]] = {}
-    for name in chosen(asked(cfg)):
+    for name in chosen(asked(cfg), where):
         by_activation.setdefault(systems()[name].activation, []).append(systems()[name])
     found = []
     for named, size, batches in _rows(cfg):
@@ -38,13 +39,14 @@ def agreements(cfg: RunConfig) -> list[Agreement]:
             if activation is Activation.jumprelu and size.n_layers > 1:
                 continue  # its thresholds are started for one group
             settings = configured(cfg.decomposition, own[0], size)
-            made = objective(settings, size, batches[0], cfg.seed)
-            dense = dense_losses(made, batches, training), dense_losses(made, batches, training, reverse=True)
+            made = objective(settings, size, batches[0], cfg.seed).to(where)
+            there = [batch.to(where) for batch in batches]
+            dense = dense_losses(made, there, training), dense_losses(made, there, training, reverse=True)
             for system in own:
                 logger.info("%s, %s: %d steps of %s", named, size, training.n_steps, system.subject)
                 with backends.using(BackendKind(system.backend)):
                     own_made = copy.deepcopy(made)
-                    found.append(agreement(own_made, batches, training, dense, named, str(system.backend)))
+                    found.append(agreement(own_made, there, training, dense, named, str(system.backend)))
     return found
 
 

@@ -6,7 +6,6 @@ clips nothing, dictionary-learning projects and normalises as this library does.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nndecomp.activations.synthetic import World
-from nndecomp.build.throughput_systems import OURS, PAIRS, System
+from nndecomp.build.throughput_systems import DENSE, OURS, PAIRS, System
 from nndecomp.config.schema import (
     Activation,
     Architecture,
     Decoder,
     DecompositionConfig,
+    DType,
     Frequencies,
     Magnitudes,
     SizeConfig,
@@ -43,7 +43,6 @@ Rows = Float[Tensor, "token width"]
 Step = Callable[[Rows, int], object]
 CPU = torch.device("cpu")
 N_STEPS = 100_000  # that a run would have: learning rates stand still at its start
-COPIED = 2**24  # numbers of 4 bytes
 # Sparse mixtures of more directions than coordinates, some frequent, most rare.
 FEATURES_A_COORDINATE, ACTIVE, ZIPF, NOISE, BIAS = 8, 20.0, 0.6, 0.05, 0.3
 
@@ -123,14 +122,20 @@ def training_config(base: TrainingConfig, system: System, size: SizeConfig) -> T
 
 
 def trainer(
-    system: System, base: DecompositionConfig, training: TrainingConfig, size: SizeConfig, first: Rows, seed: int
+    system: System,
+    base: DecompositionConfig,
+    training: TrainingConfig,
+    size: SizeConfig,
+    first: Rows,
+    seed: int,
+    device: torch.device,
 ) -> Step:
-    """One training step of a system, with everything its own loop does in one."""
+    """One training step of a system, with everything its own loop does in one. `first`: rows in the CPU's memory."""
     training = training_config(training, system, size)
-    if system.variant == PAIRS:
-        return dense_pairs(size, training.lr)
+    if system.variant in (DENSE, PAIRS):
+        return dense_pairs(size, training, device)
     cfg = configured(base, system, size)
-    made = objective(cfg, size, first, seed)
+    made = objective(cfg, size, first, seed).to(device)
     match system.library:
         case "nndecomp":
             return own_trainer(made, training)
@@ -144,16 +149,22 @@ def trainer(
             raise AssertionError(f"nothing is known of {other}")
 
 
-def dense_pairs(size: SizeConfig, lr: float) -> Step:
-    pairs, layout = DensePairs(size, lr), Layout.of({site: size.d_model for site in sites(size)})
+def dense_pairs(size: SizeConfig, training: TrainingConfig, device: torch.device) -> Callable[[Rows, int], Tensor]:
+    """Of one layer: what it reads is what it writes."""
+    pairs, layout = DensePairs(size, training.lr).to(device), Layout.of(dict.fromkeys(sites(size), size.d_model))
     x, y = (
         torch.cat(
             [torch.arange(size.d_model) + layout.spans[site].start for site in layout.sites if site.point is point]
-        )
-        for point in (Point.mlp_in, Point.mlp_out)
+        ).to(device)
+        for point in (Point.mlp_in if size.n_layers > 1 else Point.mlp_out, Point.mlp_out)
     )
-    by_layer = (-1, size.n_layers, size.d_model)
-    return lambda batch, number: pairs.step(batch[:, x].view(by_layer), batch[:, y].view(by_layer))
+    by_layer, bf16 = (-1, size.n_layers, size.d_model), training.autocast is DType.bfloat16
+
+    def step(batch: Rows, number: int) -> Float[Tensor, ""]:
+        read, written = batch[:, x].view(by_layer), batch[:, y].view(by_layer)
+        return pairs.step(read, written, torch.autocast(device.type, torch.bfloat16, enabled=bf16))
+
+    return step
 
 
 def own_trainer(made: DictionaryObjective, training: TrainingConfig) -> Step:
@@ -167,25 +178,3 @@ def own_trainer(made: DictionaryObjective, training: TrainingConfig) -> Step:
             metrics(trainee, number + 1, training.batch_tokens)
 
     return step
-
-
-def floor(size: SizeConfig, first: Rows) -> dict[str, Callable[[], object]]:
-    """What no step can do without, and what memory does, by name: each as torch does it best on this machine.
-
-    encoder     x @ W_enc.T into memory that is there, of every layer
-    optimiser   fused Adam over all parameters
-    copy        64 MiB of float32 from one place to another
-    """
-    W = torch.randn(size.n_features, size.d_model)
-    out = torch.empty(size.batch_tokens, size.n_features)
-    x = first[:, : size.d_model].contiguous()
-
-    def encoder() -> None:
-        for _ in range(size.n_layers):
-            torch.mm(x, W.T, out=out)
-
-    parameter = torch.nn.Parameter(torch.randn(size.n_parameters))
-    parameter.grad = torch.randn(size.n_parameters)
-    adam = torch.optim.Adam([parameter], lr=1e-5, fused=True)
-    here, there = torch.randn(COPIED), torch.empty(COPIED)
-    return {"encoder": encoder, "optimiser": adam.step, "copy": partial(there.copy_, here)}

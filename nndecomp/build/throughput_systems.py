@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from nndecomp.config.schema import (
     Activation,
     BackendKind,
@@ -16,11 +18,12 @@ from nndecomp.config.schema import (
     Question,
     Reconstruction,
 )
-from nndecomp.decompositions.backends import compiled
+from nndecomp.decompositions.backends import compiled, without_triton
 from nndecomp.evaluation.timing import Subject
 
 OURS = "nndecomp"
 PAIRS = "dense_pairs"
+DENSE = "dense"  # as it is written with autograd alone: two products, a sort's k largest, every gradient written
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,26 @@ class System:
     def installed(self) -> bool:
         return importlib.util.find_spec(self.module) is not None
 
+    def runs_on(self, device: torch.device) -> bool:
+        """Of this library each device has backends of its own, and torch; the plain dense step is a measure for GPUs."""
+        if self.library == OURS:
+            native = str(self.backend).startswith("native")
+            return device.type == "cuda" if self.backend == "triton" else device.type == "cpu" or not native
+        return self.variant != DENSE or device.type == "cuda"
+
     @property
     def subject(self) -> Subject:
         return Subject(self.library, version(self.library), self.activation.value, self.backend, self.variant)
 
 
 def backends() -> list[BackendKind]:
-    """This library's, on this machine's CPU."""
+    """This library's, on this machine."""
     native = [BackendKind.native, BackendKind.native_int8] if compiled.available() else []
-    return [BackendKind.torch, *native]
+    return [BackendKind.torch, *native, *([BackendKind.triton] if without_triton() is None else [])]
 
 
 def systems() -> dict[str, System]:
-    """By name: this library's, then the others', installed or not, then the reference of cross-layer transcoders."""
+    """By name: this library's, then the others', installed or not, then dense references."""
     selecting = (Activation.topk, Activation.batchtopk)
     l0 = (("penalty", Penalty.l0), ("penalty_coefficient", 0.5))
     every = [System(OURS, each, backend.value) for backend in backends() for each in selecting]
@@ -79,7 +89,7 @@ def systems() -> dict[str, System]:
     for variant, optimizer in (("", Optimizer.sign), ("adam", Optimizer.adam)):
         sparsify = (("dead", Dead.none), ("optimizer", optimizer))
         every.append(System("eai-sparsify", Activation.topk, None, sparsify, None, variant))
-    every.append(System("torch", Activation.topk, variant=PAIRS))
+    every += [System("torch", Activation.topk, variant=variant) for variant in (DENSE, PAIRS)]
     return {each.name: each for each in every}
 
 

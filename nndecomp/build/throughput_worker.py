@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 
-from nndecomp.build.throughput_steps import floor, rows, trainer
+from nndecomp.build.settings import device
+from nndecomp.build.throughput_floor import floor
+from nndecomp.build.throughput_steps import rows, trainer
 from nndecomp.build.throughput_systems import OURS, systems
 from nndecomp.config.compose import load
 from nndecomp.config.schema import BackendKind, RunConfig, SizeConfig
@@ -35,6 +37,7 @@ Parts = Mapping[str, Callable[[], object]]
 FLOOR = "floor"
 STEP = "step"
 LAYERS = "n_layers"
+CPU = torch.device("cpu")
 
 
 def size_of(cfg: RunConfig, name: str) -> SizeConfig:
@@ -60,14 +63,16 @@ def size_of(cfg: RunConfig, name: str) -> SizeConfig:
 
 def parts(cfg: RunConfig, size: SizeConfig, name: str, batches: list[torch.Tensor]) -> Parts:
     """What one step of a system consists of."""
+    where = device(cfg)
+    there = [batch.to(where) for batch in batches]
     if name == FLOOR:
-        return floor(size, batches[0])
-    step = trainer(systems()[name], cfg.decomposition, cfg.training, size, batches[0], cfg.seed)
+        return floor(size, there[0], cfg.training.autocast)
+    step = trainer(systems()[name], cfg.decomposition, cfg.training, size, batches[0], cfg.seed, where)
     made = 0
 
     def run() -> None:
         nonlocal made
-        step(batches[made % len(batches)], made)
+        step(there[made % len(there)], made)
         made += 1
 
     return {STEP: run}
@@ -93,8 +98,8 @@ def serve(config: str, size_name: str, name: str) -> None:
             backends.use(BackendKind(system.backend))
     size = size_of(cfg, size_name)
     batches = rows(size, cfg.throughput.n_batches, cfg.seed)
-    forget_peak()
-    before = memory("VmRSS")
+    where = device(cfg)
+    memory = Memory(where)
     made = parts(cfg, size, name, batches)
 
     def answer(content: Any) -> None:
@@ -104,25 +109,53 @@ def serve(config: str, size_name: str, name: str) -> None:
     for line in sys.stdin:
         match line.split(maxsplit=1):
             case ["step"]:
-                answer(timed(made))
+                answer(timed(made, where, cfg.throughput.steps))
             case ["trace", path]:
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                    timed(made)
+                with torch.profiler.profile() as profile:
+                    timed(made, where)
                 profile.export_chrome_trace(path.strip())
                 answer({})
             case ["peak"]:
-                answer({"bytes": memory("VmHWM") - before})
+                answer({"bytes": memory.peak()})
             case other:
                 raise AssertionError(f"told {other}")
 
 
-def timed(made: Parts) -> dict[str, dict[str, float]]:
+def timed(made: Parts, device: torch.device = CPU, steps: int = 1) -> dict[str, dict[str, float]]:
+    """Seconds of one of `steps` steps. A GPU is waited for at both ends, and is given back what is kept for later between turns,
+    because others have theirs there; so a step that allocates it goes before."""
     wall, cpu = {}, {}
     for part, run in made.items():
+        if device.type == "cuda":
+            run()
+            torch.cuda.synchronize(device)
         started, spent = time.perf_counter(), time.process_time()
-        run()
-        wall[part], cpu[part] = time.perf_counter() - started, time.process_time() - spent
+        for _ in range(steps):
+            run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        wall[part], cpu[part] = (time.perf_counter() - started) / steps, (time.process_time() - spent) / steps
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return {"wall": wall, "cpu": cpu}
+
+
+class Memory:
+    """From now on: of the process, or of a GPU what tensors take."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        else:
+            forget_peak()
+            self.before = memory("VmRSS")
+
+    def peak(self) -> int:
+        """Bytes at most, beyond what there was."""
+        cuda = self.device.type == "cuda"
+        return (torch.cuda.max_memory_allocated(self.device) if cuda else memory("VmHWM")) - self.before
 
 
 def memory(what: str) -> int:

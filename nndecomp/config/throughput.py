@@ -56,7 +56,8 @@ class ThroughputConfig:
     sizes: dict[str, SizeConfig] = field(default_factory=dict)  # others, by name
     at: list[str]  # names of the sizes that are measured
     systems: list[str] | None = None  # null: all that are installed
-    rounds: int  # in each, every system makes one step
+    rounds: int  # in each, every system has its turn
+    steps: int = 1  # of a turn, timed together: more where one is too short for a clock
     warm_up: int = 2  # steps of each before the first round
     n_batches: int = 4  # different ones, in turn
     factors: list[float] = field(default_factory=list)  # question=growth: of features, k and batch, each by itself
@@ -65,7 +66,7 @@ class ThroughputConfig:
     trace: bool = False  # write a Chrome trace of a step of each of this library's systems
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "n_batches", "d_model", "n_layers"):
+        for name in ("rounds", "steps", "n_batches", "d_model", "n_layers"):
             require(getattr(self, name) > 0, f"throughput.{name}={getattr(self, name)} must be positive")
         require(self.warm_up > 0, f"throughput.warm_up={self.warm_up} must be positive: first steps allocate")
         require(OWN not in self.sizes, f"throughput.sizes has {OWN}, which is the name of what the other settings say")

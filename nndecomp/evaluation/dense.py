@@ -7,6 +7,8 @@ cross-layer transcoder as it is usually written: one product for every pair of a
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -103,29 +105,42 @@ class DenseDictionary:
         return loss.item()
 
 
-class DensePairs:
+class DensePairs(nn.Module):
     """Rows are what all layers read, then what all of them are to write, [token, 2 * n_layers * d]."""
 
     def __init__(self, size: SizeConfig, lr: float) -> None:
+        super().__init__()
         L, n, d = size.n_layers, size.n_features, size.d_model
-        self.size = size
+        self.size, self.lr = size, lr
+        self.adam: torch.optim.Adam | None = None
         self.W_enc = nn.Parameter(torch.randn(L, d, n) / math.sqrt(d))
         self.b_enc, self.b_dec = nn.Parameter(torch.zeros(L, n)), nn.Parameter(torch.zeros(L, d))
         self.W_dec = nn.ParameterDict(
             {f"{s}_{t}": nn.Parameter(torch.randn(n, d) / math.sqrt(L * d)) for t in range(L) for s in range(t + 1)}
         )
-        self.adam = torch.optim.Adam([self.W_enc, self.b_enc, self.b_dec, *self.W_dec.parameters()], lr=lr)
 
-    def step(self, x: Float[Tensor, "token layer d"], y: Float[Tensor, "token layer d"]) -> float:
+    def forward(self, x: Float[Tensor, "token layer d"]) -> Float[Tensor, "token layer d"]:
         pre = torch.einsum("tld,ldf->tlf", x, self.W_enc) + self.b_enc
         best = pre.topk(self.size.k, dim=-1)
         f = torch.zeros_like(pre).scatter(-1, best.indices, best.values.relu())
-        written = [
-            torch.stack([f[:, s] @ self.W_dec[f"{s}_{t}"] for s in range(t + 1)]).sum(0)
-            for t in range(self.size.n_layers)
-        ]
-        loss = (torch.stack(written, 1) + self.b_dec - y).square().sum(-1).mean()
+        written = []
+        for t in range(self.size.n_layers):
+            parts = [f[:, s] @ self.W_dec[f"{s}_{t}"] for s in range(t + 1)]
+            written.append(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+        return torch.stack(written, 1) + self.b_dec
+
+    def step(
+        self,
+        x: Float[Tensor, "token layer d"],
+        y: Float[Tensor, "token layer d"],
+        autocast: AbstractContextManager[Any] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Adam is made with the first step: parameters are where they stay."""
+        self.adam = torch.optim.Adam(self.parameters(), lr=self.lr) if self.adam is None else self.adam
+        with autocast or nullcontext():
+            y_hat = self(x)
+        loss = (y_hat - y).square().sum(-1).mean()
         self.adam.zero_grad()
         loss.backward()
         self.adam.step()
-        return loss.item()
+        return loss.detach()

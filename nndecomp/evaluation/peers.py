@@ -9,9 +9,10 @@ what a library cannot do is refused by an assertion, so that nothing is compared
 
 import importlib.util
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from nndecomp.config.schema import (
     DecompositionConfig,
+    DType,
     Reconstruction,
     TrainingConfig,
     require,
@@ -110,6 +112,10 @@ def check_shared(dictionary: SparseDictionary, cfg: DecompositionConfig) -> None
     """What both libraries have in common."""
     assert len(dictionary.banks) == 1 and dictionary.reads == dictionary.writes, "the libraries train SAEs of one site"
     assert cfg.reconstruction is Reconstruction.sum_of_squares, f"they minimise sums, not {cfg.reconstruction.value}"
+
+
+def autocast(training: TrainingConfig, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=training.autocast is DType.bfloat16)
 
 
 def learning_rate(cfg: DecompositionConfig, training: TrainingConfig) -> float:

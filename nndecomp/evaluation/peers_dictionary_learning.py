@@ -17,7 +17,7 @@ from nndecomp.config.schema import (
     TrainingConfig,
 )
 from nndecomp.decompositions.groups import SparseDictionary
-from nndecomp.evaluation.peers import Peer, betas, check_shared, learning_rate
+from nndecomp.evaluation.peers import Peer, autocast, betas, check_shared, learning_rate
 
 EVERY_STEP = -1  # it averages its threshold after steps greater than this
 
@@ -35,13 +35,14 @@ class DictionaryLearning(Peer):
             "dict_size": bank.n_features,
             "layer": 0,
             "lm_name": "",
-            "device": "cpu",
+            "device": str(dictionary.b_dec.device),
             "lr": learning_rate(cfg, training),
             "warmup_steps": round(training.lr_warmup * training.n_steps),
             "decay_start": training.n_steps - n_decay if n_decay else None,
         }
         self.trainer = self._trainer(cfg, training, of_all)
         self.ae = self.trainer.ae
+        self.training, self.device = training, dictionary.b_dec.device
         linear = hasattr(self.ae, "encoder")
         with torch.no_grad():
             for name, rows in (("enc", bank.W_enc), ("dec", bank.W_dec.T)):
@@ -98,7 +99,9 @@ class DictionaryLearning(Peer):
         return self.ae.decoder_bias if hasattr(self.ae, "decoder_bias") else self.ae.b_dec
 
     def step(self, rows: Float[Tensor, "token width"], step: int) -> None:
-        self.trainer.update(step, rows)
+        """With autocast as its own `trainSAE` has it, on a GPU and here on the CPU too."""
+        with autocast(self.training, self.device):
+            self.trainer.update(step, rows)
 
     @torch.no_grad()
     def reconstruct(

@@ -13,6 +13,7 @@ from nndecomp.config.schema import (
     Dead,
     Decoder,
     DecompositionConfig,
+    DType,
     Penalty,
     TrainingConfig,
 )
@@ -28,7 +29,7 @@ class SaeLens(Peer):
         )
         assert cfg.decoder is Decoder.free, "sae-lens leaves decoder norms free"
         bank = dictionary.banks[0]
-        self.sae = self._sae(cfg, training.n_steps, *bank.W_enc.shape)
+        self.sae = self._sae(cfg, training.n_steps, dictionary)
         with torch.no_grad():
             self.sae.W_enc.copy_(bank.W_enc.T)
             self.sae.W_dec.copy_(bank.W_dec)
@@ -43,14 +44,17 @@ class SaeLens(Peer):
             adam_beta1=betas(cfg, training)[0],
             adam_beta2=betas(cfg, training)[1],
             dead_feature_window=training.n_steps,
+            device=str(dictionary.b_dec.device),
+            autocast=training.autocast is DType.bfloat16,
         )
         assert training.clip_norm == 1.0, f"sae-lens clips at 1.0, not at {training.clip_norm}"
         trainers = importlib.import_module("sae_lens.training.sae_trainer")
         self.trainer = trainers.SAETrainer(trainer_config, self.sae, iter(()))
 
-    def _sae(self, cfg: DecompositionConfig, n_steps: int, n_features: int, width: int) -> Any:
-        saes = importlib.import_module("sae_lens.saes")
+    def _sae(self, cfg: DecompositionConfig, n_steps: int, dictionary: SparseDictionary) -> Any:
+        saes, (n_features, width) = importlib.import_module("sae_lens.saes"), dictionary.banks[0].W_enc.shape
         of_all: dict[str, Any] = {
+            "device": str(dictionary.b_dec.device),
             "d_in": width,
             "d_sae": n_features,
             "apply_b_dec_to_input": cfg.centre_input,

@@ -18,7 +18,7 @@ from nndecomp.config.schema import (
     TrainingConfig,
 )
 from nndecomp.decompositions.groups import SparseDictionary
-from nndecomp.evaluation.peers import Peer, betas, learning_rate
+from nndecomp.evaluation.peers import Peer, autocast, betas, learning_rate
 
 
 class Sparsify(Peer):
@@ -35,7 +35,7 @@ class Sparsify(Peer):
         bank = dictionary.banks[0]
         sparsify = importlib.import_module("sparsify")
         settings = sparsify.SparseCoderConfig(num_latents=bank.n_features, k=cfg.k)
-        self.sae: Any = sparsify.SparseCoder(bank.W_enc.shape[1], settings, "cpu", torch.float32)
+        self.sae: Any = sparsify.SparseCoder(bank.W_enc.shape[1], settings, dictionary.b_dec.device, torch.float32)
         with torch.no_grad():
             for own, ours in (
                 (self.sae.encoder.weight, bank.W_enc),
@@ -46,7 +46,10 @@ class Sparsify(Peer):
                 own.copy_(ours)
         self.optimiser, self.scheduler = self._optimiser(cfg, training)
         n = bank.n_features
-        self.tokens_since_fired, self.fired = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
+        self.tokens_since_fired, self.fired = (
+            torch.zeros(n, dtype=dtype, device=dictionary.b_dec.device) for dtype in (torch.long, torch.bool)
+        )
+        self.training, self.device = training, dictionary.b_dec.device
 
     def _optimiser(self, cfg: DecompositionConfig, training: TrainingConfig) -> tuple[Any, Any]:
         lr = learning_rate(cfg, training)
@@ -67,7 +70,10 @@ class Sparsify(Peer):
     def step(self, rows: Float[Tensor, "token width"], step: int) -> None:
         self.sae.set_decoder_norm_to_unit_norm()
         total_variance = (rows - rows.mean(0)).pow(2).sum()
-        out = self.sae(x=rows, y=rows, dead_mask=None, total_variance=total_variance)
+        with autocast(
+            self.training, self.device
+        ):  # on a GPU its own forward pass is in bfloat16, whatever is asked for
+            out = self.sae(x=rows, y=rows, dead_mask=None, total_variance=total_variance)
         self.fired[out.latent_indices.flatten()] = True
         float(out.fvu.detach())  # it reads its metrics at every step
         (out.fvu + out.multi_topk_fvu / 8).backward()

@@ -41,6 +41,7 @@ class Times:
     cpu: list[float]  # seconds of all threads of its process
     peak_bytes: int  # of the process, beyond what it had before the system was made
     floor: list[float]  # seconds of the floor in the same rounds
+    roofline: list[float] | None = None  # and of what a GPU could do
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ class Floor:
     encoder: list[float]  # x @ W_enc.T, dense
     optimiser: list[float]  # torch's fused Adam over all parameters
     copy: list[float]  # of `copied` bytes
+    cache: list[float]  # of `cached` bytes, which are in the cache
+    product: list[float]  # of two square matrices
     copied: int
-    threads: int
+    cached: int
+    side: int
+    bits: int  # of the numbers that are multiplied
+    on: str  # threads, or a GPU
 
     @property
     def wall(self) -> list[float]:
@@ -68,6 +74,32 @@ class Floor:
     def optimiser_rate(self) -> float:
         """Bytes/s: the gradient read, parameter and both momenta read and written, 4 bytes each."""
         return 28 * self.size.n_parameters / median(self.optimiser)
+
+    @property
+    def cache_rate(self) -> float:
+        """Bytes/s, read and written."""
+        return 2 * self.cached / median(self.cache)
+
+    @property
+    def product_rate(self) -> float:
+        """FLOP/s of the square product."""
+        return 2 * self.side**3 / median(self.product)
+
+    @property
+    def roofline(self) -> list[float]:
+        """Seconds of a step that is held up by nothing but what the device can do at most, in each round:
+
+        the encoder's product              at the rate of the square product
+        parameters and both momenta        read and written once, at the rate of the copy: no gradient is
+        the rows gathered for active features    at the rate of the copy in the cache: to decode, for the gradients of codes, and for
+                                                 those of decoder and encoder rows
+        """
+        return [
+            encoder_flops(self.size) * product / (2 * self.side**3)
+            + 24 * self.size.n_parameters * copy / (2 * self.copied)
+            + self.bits // 8 * gathered(self.size) * cache / (2 * self.cached)
+            for product, copy, cache in zip(self.product, self.copy, self.cache, strict=True)
+        ]
 
     @property
     def copy_rate(self) -> float:
@@ -90,12 +122,16 @@ def encoder_flops(size: SizeConfig) -> int:
     return 2 * size.batch_tokens * size.d_model * size.n_features * size.n_layers
 
 
+def gathered(size: SizeConfig) -> int:
+    """Numbers of rows that k active features a token read: one row that is read, and three as wide as what is written."""
+    widths = sum(size.d_model + 3 * n * size.d_model for n in range(1, size.n_layers + 1))
+    return size.batch_tokens * size.k * widths
+
+
 def sparse_flops(size: SizeConfig) -> int:
     """Forward and backward of one step that touches active features alone, k a token: the dense encoder, its gradient, and
     decoding, the gradients of codes and of decoder rows, which are as wide as what they write."""
-    layers = range(1, size.n_layers + 1)
-    widths = sum(size.d_model + 3 * n * size.d_model for n in layers)
-    return encoder_flops(size) + 2 * size.batch_tokens * size.k * widths
+    return encoder_flops(size) + 2 * gathered(size)
 
 
 def dense_flops(size: SizeConfig) -> int:

@@ -65,6 +65,8 @@ def table(times: Sequence[Times], floors: Sequence[Floor]) -> pandas.DataFrame:
                     str(ratio(each.wall, own.wall)) if own is not None and own is not each else "-"
                 )
             line["floor / step"] = f"{ratio(each.floor, each.wall).value:.0%}"
+            if each.roofline is not None:
+                line["roofline / step"] = f"{ratio(each.roofline, each.wall).value:.0%}"
             line["memory (MiB)"] = f"{each.peak_bytes / 2**20:,.0f}"
             lines.append(line)
     return pandas.DataFrame(lines)
@@ -80,7 +82,7 @@ def raw(times: Sequence[Times], floors: Sequence[Floor]) -> pandas.DataFrame:
     steps += [
         (floor.name, f"floor: {part}", "", number, wall, None)
         for floor in floors
-        for part in ("encoder", "optimiser", "copy")
+        for part in ("encoder", "optimiser", "copy", "cache", "product")
         for number, wall in enumerate(getattr(floor, part))
     ]
     return pandas.DataFrame(steps, columns=["size", "system", "version", "round", "wall_seconds", "cpu_seconds"])
@@ -92,12 +94,18 @@ def notes(times: Sequence[Times], floors: Sequence[Floor]) -> list[str]:
     for floor in floors:
         flops = sparse_flops(floor.size)
         said.append(
-            f"{floor.name}: {floor.size}; {floor.threads} threads. Floor {number(1000 * middle(floor.wall).value)} ms: encoder "
+            f"{floor.name}: {floor.size}; {floor.on}, products of {floor.bits} bits. Floor {number(1000 * middle(floor.wall).value)} ms: encoder "
             f"{number(1000 * middle(floor.encoder).value)} ms ({floor.encoder_rate / 1e9:.0f} GFLOP/s), fused Adam "
             f"{number(1000 * middle(floor.optimiser).value)} ms ({floor.optimiser_rate / 1e9:.1f} GB/s); a copy runs at "
             f"{floor.copy_rate / 1e9:.1f} GB/s. A step with k active features needs {flops / 1e9:.3g} GFLOP, "
             f"{encoder_flops(floor.size) / flops:.0%} of it in the encoder; a dense one {dense_flops(floor.size) / 1e9:.3g}."
         )
+        if any(each.roofline is not None for each in at_size(times, floor.name)):
+            said.append(
+                f"{floor.name}: roofline {number(1000 * middle(floor.roofline).value)} ms, of what was measured in the same rounds: "
+                f"a square product at {floor.product_rate / 1e12:.3g} TFLOP/s, a copy at {floor.copy_rate / 1e12:.3g} TB/s, "
+                f"one in the cache at {floor.cache_rate / 1e12:.3g} TB/s."
+            )
     return [*said, method(times)]
 
 
@@ -119,6 +127,8 @@ def scores(times: Sequence[Times]) -> dict[str, float]:
         if each.subject.library == OURS:
             found[f"{name}/floor_share"] = ratio(each.floor, each.wall).value
             found[f"{name}/peak_bytes"] = each.peak_bytes
+            if each.roofline is not None:
+                found[f"{name}/roofline_share"] = ratio(each.roofline, each.wall).value
             continue
         for backend in own_backends(times):
             if (own := ours(times, each, backend)) is not None:
