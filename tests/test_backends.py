@@ -9,7 +9,7 @@ from decomposition_parts import ACTIVATIONS, ARCHITECTURES, objective, planted
 from torch import Tensor
 
 from nndecomp.config.schema import Activation, BackendKind, CodeNormalisation, JumpReluGradient, Penalty, Scope
-from nndecomp.decompositions import backends, encoding, kernels
+from nndecomp.decompositions import backends, encoding, kernels, selection
 from nndecomp.decompositions.backends import candidates, compiled, native
 from nndecomp.decompositions.backends.interface import Affine, Backend
 from nndecomp.decompositions.backends.pure import Pure
@@ -53,6 +53,7 @@ def values(selected: Selected) -> Tensor:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So small that these sizes take several, of features and of tokens."""
     monkeypatch.setattr(candidates, "BLOCK", 16 * 256)
+    monkeypatch.setattr(selection, "BLOCK", 16 * 256)
     yield
 
 

@@ -6,8 +6,8 @@ from reference.dictionary import batchtopk as slow_batchtopk
 from reference.dictionary import topk as slow_topk
 
 from nndecomp.decompositions import kernels
-from nndecomp.decompositions.backends.pure import batchtopk_support, threshold_support, topk_support
 from nndecomp.decompositions.codes import Codes, DenseCodes, SparseCodes
+from nndecomp.decompositions.selection import Above, BatchBest, topk_support
 from nndecomp.decompositions.support import Support
 
 # Three tokens, four features: token 0 has features 1 and 3, token 1 none, token 2 features 0 and 3.
@@ -21,6 +21,12 @@ def sparse(matrix: torch.Tensor) -> SparseCodes:
 
 def dense_of(pre: torch.Tensor, support: Support) -> torch.Tensor:
     return SparseCodes(pre[support.tokens, support.indices].relu(), support).dense()
+
+
+def batchtopk_support(pre: torch.Tensor, n_slots: int) -> Support:
+    best = BatchBest(len(pre), pre.shape[1], n_slots)
+    best.add(0, pre, ())
+    return best.found().support
 
 
 def test_codes_of_a_small_matrix_read_as_one_would_write_them_down():
@@ -143,7 +149,9 @@ def test_batchtopk_is_exact_when_its_sample_misleads():
 
 def test_a_threshold_keeps_what_strictly_exceeds_it():
     pre = torch.tensor([[0.5, 1.0, 1.5], [2.0, -3.0, 1.0]])
-    assert dense_of(pre, threshold_support(pre, torch.tensor(1.0))).tolist() == [[0, 0, 1.5], [2, 0, 0]]
+    above = Above(2, torch.ones(3))
+    above.add(0, pre, ())
+    assert dense_of(pre, above.found().support).tolist() == [[0, 0, 1.5], [2, 0, 0]]
 
 
 def test_a_support_without_slots_decodes_to_nothing():

@@ -10,6 +10,7 @@ from torch import Tensor
 from nndecomp.config.schema import Architecture, CodeNormalisation, JumpReluGradient, Scope
 from nndecomp.decompositions.activation_pointwise import Gated, JumpRelu
 from nndecomp.decompositions.activation_selecting import AbsTopK, BatchTopK, TopK
+from nndecomp.decompositions.backends.interface import Affine
 from nndecomp.decompositions.codes import Codes, DenseCodes
 
 SAE = ARCHITECTURES["sae"]
@@ -91,8 +92,9 @@ def test_thresholds_stay_in_fp32_whatever_the_module_is_cast_to(activation, log)
 def test_bf16_values_are_compared_with_the_threshold_itself_not_with_its_nearest_bf16():
     activation = BatchTopK([1], Scope.group, threshold_rate=0.1).eval()
     activation.threshold.fill_(0.999)  # the nearest bf16 is 1
-    (support,) = activation.supports([torch.tensor([[1.0, 0.99]], dtype=torch.bfloat16)], [0])
-    assert support.indices.tolist() == [0]
+    competition = activation.competition(1, 2, [0])
+    competition.add(0, torch.tensor([[1.0, 0.99]], dtype=torch.bfloat16), ())
+    assert competition.found().support.indices.tolist() == [0]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -116,8 +118,9 @@ def test_sequences_that_were_not_flattened_are_refused():
 
 def test_abs_topk_keeps_the_largest_in_absolute_value_with_their_signs():
     z = torch.tensor([[1.0, -5.0, 0.5, 2.0]])
-    (support,) = AbsTopK([2], Scope.group).supports([z], [0])
-    assert sorted(support.indices.tolist()) == [1, 3]
+    competition = AbsTopK([2], Scope.group).competition(1, 4, [0])
+    competition.add(0, z, ())
+    assert sorted(competition.found().support.indices.tolist()) == [1, 3]
     made = settled(**(SAE | ACTIVATIONS["abs_topk"]))
     codes = made.encode(inputs(made))
     assert (codes.counts() == 3).all() and (codes[0].values < 0).any()
@@ -126,9 +129,12 @@ def test_abs_topk_keeps_the_largest_in_absolute_value_with_their_signs():
 def test_competition_over_all_groups_is_one_ranking():
     """The two largest of both groups' features, wherever they are."""
     scores = [torch.tensor([[5.0, 4.0]]), torch.tensor([[1.0, 3.0]])]
-    taken = [support.indices.tolist() for support in TopK([1, 1], Scope.all).supports(scores, [0, 1])]
+    of = [Affine(torch.ones(1, 1), score.T, torch.zeros(2), None) for score in scores]
+    taken, apart = (
+        [each.support.indices.tolist() for each in TopK([1, 1], scope).select(of, [0, 1]) or []]
+        for scope in (Scope.all, Scope.group)
+    )
     assert [sorted(each) for each in taken] == [[0, 1], []]
-    apart = [support.indices.tolist() for support in TopK([1, 1], Scope.group).supports(scores, [0, 1])]
     assert apart == [[0], [1]]
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from nndecomp.decompositions.backends.interface import Affine
 from nndecomp.decompositions.codes import Codes, Scales
-from nndecomp.decompositions.support import Selected, Support
+from nndecomp.decompositions.selection import Competition
+from nndecomp.decompositions.support import Selected
 
 
 class ActivationFunction(nn.Module):
@@ -67,13 +68,18 @@ class Ranking(Selecting, ABC):
 
     signed = False  # whether negative codes are kept
 
-    def select(self, of: Sequence[Affine], groups: Sequence[int]) -> list[Selected] | None:
-        """The active entries of the given groups without the matrix of pre-activations; null where that takes all of them."""
-        return None
+    @property
+    @abstractmethod
+    def together(self) -> bool:
+        """Whether features of all groups compete with each other."""
 
     @abstractmethod
-    def supports(self, scores: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
-        """The active entries of the given groups, from z c."""
+    def select(self, of: Sequence[Affine], groups: Sequence[int]) -> list[Selected] | None:
+        """The active entries of the given groups as the backend finds them; null where it has no such selection."""
+
+    @abstractmethod
+    def competition(self, n_tokens: int, n_features: int, groups: Sequence[int]) -> Competition:
+        """For the features of the given groups side by side: of one, or of all where they compete with each other."""
 
 
 class Pointwise(ActivationFunction, ABC):

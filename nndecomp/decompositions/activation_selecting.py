@@ -1,6 +1,7 @@
 """Activation functions that keep the largest entries."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -10,9 +11,9 @@ from nndecomp.config.schema import Scope
 from nndecomp.decompositions import backends
 from nndecomp.decompositions.activation_base import Ranking
 from nndecomp.decompositions.backends.interface import Affine
-from nndecomp.decompositions.backends.pure import batchtopk_support, threshold_support, topk_support
 from nndecomp.decompositions.codes import Codes, Scales
-from nndecomp.decompositions.support import Selected, Support, split_support
+from nndecomp.decompositions.selection import Above, BatchBest, Competition, TokenBest, split
+from nndecomp.decompositions.support import Selected
 
 
 class TopK(Ranking):
@@ -25,22 +26,30 @@ class TopK(Ranking):
         super().__init__()
         self.k, self.scope = list(k), scope
 
+    @property
+    def together(self) -> bool:
+        return self.scope is Scope.all
+
     def select(self, of: Sequence[Affine], groups: Sequence[int]) -> list[Selected] | None:
-        if self.signed or self.scope is Scope.all:
+        if self.signed:
             return None
+        if self.together:
+            return self._best_of_all(of, groups)
         return [backends.of(each.W).topk(each, self.k[group]) for each, group in zip(of, groups, strict=True)]
 
-    def supports(self, scores: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
-        match self.scope:
-            case Scope.group:
-                return [self._best(each, self.k[group]) for each, group in zip(scores, groups, strict=True)]
-            case Scope.all:
-                assert len(groups) == len(self.k), f"groups {groups} compete with all {len(self.k)}"
-                support = self._best(torch.cat(list(scores), 1), sum(self.k))
-                return split_support(support, [each.shape[1] for each in scores])
+    def _best_of_all(self, of: Sequence[Affine], groups: Sequence[int]) -> list[Selected]:
+        """Of the best of every group."""
+        k, n_tokens, widths = sum(self.k[group] for group in groups), len(of[0].x), [len(each.W) for each in of]
+        best = TokenBest(sum(widths), k)
+        found = [backends.of(each.W).topk(each, min(k, width)) for each, width in zip(of, widths, strict=True)]
+        for each, own, base in zip(of, found, accumulate(widths, initial=0), strict=False):
+            features, values = own.support.indices.view(n_tokens, -1), own.values.view(n_tokens, -1)
+            best.offer(features + base, values if each.c is None else values * each.c[features], (values,))
+        parts = zip(split(best.found(), widths), found, strict=True)
+        return [Selected(part.support, part.values[0], own.agreement) for part, own in parts]
 
-    def _best(self, scores: Float[Tensor, "token feature"], k: int) -> Support:
-        return topk_support(scores, k)
+    def competition(self, n_tokens: int, n_features: int, groups: Sequence[int]) -> Competition:
+        return TokenBest(n_features, sum(self.k[group] for group in groups), signed=self.signed)
 
     def live_obstacle(self) -> str | None:
         shared = self.scope is Scope.all and len(self.k) > 1
@@ -55,9 +64,6 @@ class AbsTopK(TopK):
     """The k of each token and group that are largest in absolute value, with their signs."""
 
     signed = True
-
-    def _best(self, scores: Float[Tensor, "token feature"], k: int) -> Support:
-        return topk_support(scores.abs(), k)
 
 
 class BatchTopK(Ranking):
@@ -76,37 +82,28 @@ class BatchTopK(Ranking):
         self.threshold: Tensor
         self.register_buffer("threshold", torch.full((n_thresholds,), torch.nan))
 
+    @property
+    def together(self) -> bool:
+        return self.training and self.scope is Scope.all
+
     def select(self, of: Sequence[Affine], groups: Sequence[int]) -> list[Selected] | None:
         n_tokens, backend = len(of[0].x), backends.of(of[0].W)
         if not self.training:
             each = zip(of, self._thresholds(groups), strict=True)
             return [backend.above(one, threshold.expand(len(one.W))) for one, threshold in each]
-        match self.scope:
-            case Scope.group:
-                each = zip(of, groups, strict=True)
-                return [backend.batchtopk([one], self.k[group] * n_tokens)[0] for one, group in each]
-            case Scope.all:
-                assert len(groups) == len(self.k), f"groups {groups} compete with all {len(self.k)}"
-                return backend.batchtopk(of, sum(self.k) * n_tokens)
+        if self.together:
+            return backend.batchtopk(of, self._n_slots(n_tokens, groups))
+        each = zip(of, groups, strict=True)
+        return [backend.batchtopk([one], self._n_slots(n_tokens, [group]))[0] for one, group in each]
 
-    def supports(self, scores: Sequence[Float[Tensor, "token _"]], groups: Sequence[int]) -> list[Support]:
-        if not self.training:
-            return self._above_threshold(scores, groups)
-        n_tokens = scores[0].shape[0]
-        match self.scope:
-            case Scope.group:
-                return [
-                    batchtopk_support(each, self.k[group] * n_tokens)
-                    for each, group in zip(scores, groups, strict=True)
-                ]
-            case Scope.all:
-                assert len(groups) == len(self.k), f"groups {groups} compete with all {len(self.k)}"
-                support = batchtopk_support(torch.cat(list(scores), 1), sum(self.k) * n_tokens)
-                return split_support(support, [each.shape[1] for each in scores])
+    def competition(self, n_tokens: int, n_features: int, groups: Sequence[int]) -> Competition:
+        if self.training:
+            return BatchBest(n_tokens, n_features, self._n_slots(n_tokens, groups))
+        (threshold,) = self._thresholds(groups)
+        return Above(n_tokens, threshold.expand(n_features))
 
-    def _above_threshold(self, scores: Sequence[Tensor], groups: Sequence[int]) -> list[Support]:
-        each = zip(scores, self._thresholds(groups), strict=True)
-        return [threshold_support(score, threshold) for score, threshold in each]
+    def _n_slots(self, n_tokens: int, groups: Sequence[int]) -> int:
+        return sum(self.k[group] for group in groups) * n_tokens
 
     def _thresholds(self, groups: Sequence[int]) -> list[Float[Tensor, ""]]:
         if bool(self.threshold.isnan().any()):

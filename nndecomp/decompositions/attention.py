@@ -21,6 +21,7 @@ from nndecomp.decompositions import kernels
 from nndecomp.decompositions.base import GroupCost
 from nndecomp.decompositions.encoders import LinearEncoder
 from nndecomp.decompositions.group import Group
+from nndecomp.decompositions.selection import Found
 from nndecomp.decompositions.spec import AttentionSpec, DictionarySpec, GroupSpec
 from nndecomp.decompositions.support import Support
 
@@ -112,20 +113,28 @@ class PatternEncoder(LinearEncoder):
         self.n_patterns = n_patterns
 
     def affine(
-        self, x: Float[Tensor, "token carried"], features: Int[Tensor, "chosen"] | None = None
+        self, x: Float[Tensor, "token carried"], features: Int[Tensor, "chosen"] | slice | None = None
     ) -> tuple[Float[Tensor, "token _"], ...]:
+        if isinstance(features, slice):
+            return (self._adjacent(x, features) + self.b_enc[features],)
         own = self.W_enc.unflatten(0, (self.n_patterns, -1))
         carried = x.unflatten(1, (self.n_patterns, -1)).transpose(0, 1)
         pre = (carried @ own.mT).transpose(0, 1).flatten(1) + self.b_enc
         # Those chosen belong to any patterns, each with its own part of x: all are computed, whoever is asked for.
         return (pre if features is None else pre.index_select(1, features),)
 
-    def at(
-        self, x: Float[Tensor, "token carried"], affine: tuple[Float[Tensor, "token feature"], ...], support: Support
-    ) -> Float[Tensor, "slot"]:
-        (pre,) = affine
+    def _adjacent(self, x: Float[Tensor, "token carried"], features: slice) -> Float[Tensor, "token _"]:
+        n, d = len(self.W_enc) // self.n_patterns, self.W_enc.shape[1]
+        parts = []
+        for pattern in range(features.start // n, -(-features.stop // n)):
+            own = slice(max(features.start, pattern * n), min(features.stop, (pattern + 1) * n))
+            parts.append(x[:, pattern * d : (pattern + 1) * d] @ self.W_enc[own].T)
+        return torch.cat(parts, 1)
+
+    def at(self, x: Float[Tensor, "token carried"], found: Found) -> Float[Tensor, "slot"]:
         rows = x.reshape(len(x) * self.n_patterns, -1)
-        return _AtPatterns.apply(rows, self.W_enc, self.b_enc, pre, support, self.n_patterns)  # pyright: ignore[reportReturnType]
+        (values,) = found.values
+        return _AtPatterns.apply(rows, self.W_enc, self.b_enc, values, found.support, self.n_patterns)  # pyright: ignore[reportReturnType]
 
 
 class _AtPatterns(torch.autograd.Function):
@@ -133,12 +142,11 @@ class _AtPatterns(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, W_enc: Tensor, b_enc: Tensor, pre: Tensor, support: Support, n_patterns: int
+        ctx: Any, rows: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, support: Support, n_patterns: int
     ) -> Float[Tensor, "slot"]:
         ctx.save_for_backward(rows, W_enc)
         ctx.support, ctx.n_patterns = support, n_patterns
-        places = support.tokens * support.n_features + support.indices
-        return pre.flatten().index_select(0, places).to(W_enc.dtype)
+        return values.to(W_enc.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

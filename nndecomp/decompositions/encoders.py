@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nndecomp.config.schema import Encoder
 from nndecomp.decompositions import kernels
-from nndecomp.decompositions.backends.pure import selected
-from nndecomp.decompositions.support import Support
+from nndecomp.decompositions.selection import Found
+from nndecomp.decompositions.support import Selected
 
 
 class LinearEncoder(nn.Module):
@@ -33,7 +33,7 @@ class LinearEncoder(nn.Module):
         return pre
 
     def affine(
-        self, x: Float[Tensor, "token d_read"], features: Int[Tensor, "chosen"] | None = None
+        self, x: Float[Tensor, "token d_read"], features: Int[Tensor, "chosen"] | slice | None = None
     ) -> tuple[Float[Tensor, "token _"], ...]:
         """Outputs of `maps`, of all features or those chosen."""
         return tuple(
@@ -45,12 +45,10 @@ class LinearEncoder(nn.Module):
     ) -> Float[Tensor, "token _"]:
         return self.combine(*self.affine(x, features))
 
-    def at(
-        self, x: Float[Tensor, "token d_read"], affine: tuple[Float[Tensor, "token feature"], ...], support: Support
-    ) -> Float[Tensor, "slot"]:
-        """Pre-activations of active entries alone; gradients reach no others. `affine` carries none."""
-        parts = zip(self.maps, affine, strict=True)
-        return self.combine(*(kernels.active_pre(x, W, b, selected(dense, support)) for (W, b), dense in parts))
+    def at(self, x: Float[Tensor, "token d_read"], found: Found) -> Float[Tensor, "slot"]:
+        """Pre-activations of active entries alone; gradients reach no others. `found` has the outputs of `maps`, which carry none."""
+        parts = zip(self.maps, found.values, strict=True)
+        return self.combine(*(kernels.active_pre(x, W, b, Selected(found.support, own)) for (W, b), own in parts))
 
     @torch.no_grad()
     def fold(self, s: Float[Tensor, "d_read"], m: Float[Tensor, "d_read"]) -> Float[Tensor, "feature"]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding, GroupCode
 from nndecomp.decompositions.encoders import LinearEncoder
 from nndecomp.decompositions.group import Group
 from nndecomp.decompositions.pursuit import MatchingPursuit
+from nndecomp.decompositions.selection import Found, blocks, split
 from nndecomp.decompositions.support import Selected, Support, split_slots
 
 # Entries are listed where less than this share of them counts: beyond, dense products cost less. It is looked up on _SAMPLE tokens or
@@ -127,17 +129,42 @@ def _ranked(
         codes = [_active(bank, x, own) for bank, x, own in zip(banks, inputs, found, strict=True)]
         clipped = Codes(tuple(replace(own, values=own.values.relu()) for own in codes))
         return Encoding(clipped, scales, None, agreement=_agreement(found))
-    with torch.no_grad():
-        affine = _by_encoder(banks, inputs, lambda bank, x: bank.linear_encoder.affine(x))
-        pres = [bank.linear_encoder.combine(*maps) for bank, maps in zip(banks, affine, strict=True)]
-        scores = [pre if c is None else pre * c for pre, c in zip(pres, scales, strict=True)]
-        supports = activation.supports(scores, groups)
     codes = []
-    for bank, x, maps, support in zip(banks, inputs, affine, supports, strict=True):
-        values = bank.linear_encoder.at(x, maps, support)
+    for bank, x, own in zip(banks, inputs, _competed(activation, banks, inputs, groups, scales), strict=True):
+        values = bank.linear_encoder.at(x, own)
         # A negative pre-activation among the k largest becomes 0, which is not active.
-        codes.append(SparseCodes(values if activation.signed else values.relu(), support))
+        codes.append(SparseCodes(values if activation.signed else values.relu(), own.support))
     return Encoding(Codes(tuple(codes)), scales, None)
+
+
+@torch.no_grad()
+def _competed(
+    activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
+) -> list[Found]:
+    """What is active, of encoders of any kind: a block of features at a time, computed once for banks that share an encoder."""
+    n_tokens, widths = len(inputs[0]), [bank.n_features for bank in banks]
+    if activation.together:
+        assert len(groups) == len(activation.k), f"groups {groups} compete with all {len(activation.k)}"
+        competitions = [activation.competition(n_tokens, sum(widths), groups)] * len(banks)
+        bases = [0, *accumulate(widths)]
+    else:
+        each = zip(groups, widths, strict=True)
+        competitions = [activation.competition(n_tokens, width, [group]) for group, width in each]
+        bases = [0] * len(banks)
+    sharing: dict[int, list[int]] = {}
+    for i, bank in enumerate(banks):
+        sharing.setdefault(id(bank.encoder), []).append(i)
+    for first, *others in sharing.values():
+        encoder = banks[first].linear_encoder
+        for own in blocks(n_tokens, widths[first]):
+            maps = encoder.affine(inputs[first], own)
+            pre = encoder.combine(*maps)
+            for i in (first, *others):
+                c = scales[i]
+                competitions[i].add(bases[i] + own.start, pre if c is None else pre * c[own], maps)
+    if activation.together:
+        return split(competitions[0].found(), widths)
+    return [each.found() for each in competitions]
 
 
 def _agreement(found: Sequence[Selected]) -> float | None:
@@ -150,7 +177,7 @@ def _agreement(found: Sequence[Selected]) -> float | None:
 def _selected(
     activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
 ) -> list[Selected] | None:
-    """What is active, where every group has an affine encoder of its own and selection needs no matrix of pre-activations."""
+    """What is active, where every group has an affine encoder of its own and the backend can select."""
     if not _apart(banks):
         return None
     each = zip(inputs, banks, scales, strict=True)

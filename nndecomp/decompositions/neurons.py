@@ -17,9 +17,9 @@ from torch import Tensor
 
 from nndecomp.activations.sequences import RowsOrSequences, rows_of
 from nndecomp.config.schema import Architecture, Ranking
-from nndecomp.decompositions.backends.pure import topk_support
 from nndecomp.decompositions.base import Decomposition, GroupCost
 from nndecomp.decompositions.codes import Codes, SparseCodes
+from nndecomp.decompositions.selection import topk_support
 from nndecomp.decompositions.support import Support
 from nndecomp.targets.base import Target
 from nndecomp.types import Layout, Point, Site

@@ -64,9 +64,3 @@ def split_slots(
         parts.append((own, indices[own] - start))
         start += width
     return parts
-
-
-def split_support(support: Support, widths: Sequence[int]) -> list[Support]:
-    """One support per group, from one over all groups' features side by side."""
-    parts = zip(split_slots(support.indices, widths), widths, strict=True)
-    return [Support.of(support.tokens[own], indices, support.n_tokens, width) for (own, indices), width in parts]

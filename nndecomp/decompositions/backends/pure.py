@@ -1,6 +1,7 @@
 """The hot path in PyTorch's own operations."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -8,10 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nndecomp.decompositions.backends.interface import Affine
-from nndecomp.decompositions.support import Selected, Support, split_slots
+from nndecomp.decompositions.selection import Above, BatchBest, Competition, TokenBest, blocks, split
+from nndecomp.decompositions.support import Selected, Support
 
-# Batch-wise selection estimates its threshold from every 17th entry: a prime, so that all features are sampled.
-_STRIDE = 17
 _CACHED = 1 << 16  # numbers of rows that are worked on together
 
 
@@ -19,21 +19,17 @@ class Pure:
     name = "torch"
 
     def topk(self, of: Affine, k: int) -> Selected:
-        pre, score = pre_and_score(of)
-        return selected(pre, topk_support(score, k))
+        return _selected(of, TokenBest(len(of.W), k))
 
     def batchtopk(self, of: Sequence[Affine], n_slots: int) -> list[Selected]:
-        pres, scores = zip(*map(pre_and_score, of), strict=True)
-        if len(of) == 1:
-            return [selected(pres[0], batchtopk_support(scores[0], n_slots))]
-        together = batchtopk_support(torch.cat(scores, 1), n_slots)
-        widths = [pre.shape[1] for pre in pres]
-        parts = zip(pres, split_slots(together.indices, widths), strict=True)
-        return [selected(pre, Support.of(together.tokens[own], indices, *pre.shape)) for pre, (own, indices) in parts]
+        widths = [len(each.W) for each in of]
+        best = BatchBest(len(of[0].x), sum(widths), n_slots)
+        for each, base in zip(of, accumulate(widths, initial=0), strict=False):
+            _compete(each, best, base)
+        return [Selected(own.support, own.values[0]) for own in split(best.found(), widths)]
 
     def above(self, of: Affine, threshold: Float[Tensor, "feature"]) -> Selected:
-        pre, score = pre_and_score(of)
-        return selected(pre, threshold_support(score, threshold))
+        return _selected(of, Above(len(of.x), threshold))
 
     def by_feature(
         self, indices: Int[Tensor, "slot"], n_features: int
@@ -77,9 +73,17 @@ class Pure:
 BACKEND = Pure()
 
 
-def selected(pre: Float[Tensor, "token feature"], support: Support) -> Selected:
-    places = support.tokens * support.n_features + support.indices
-    return Selected(support, pre.flatten().index_select(0, places))
+def _selected(of: Affine, competition: Competition) -> Selected:
+    _compete(of, competition)
+    found = competition.found()
+    return Selected(found.support, found.values[0])
+
+
+def _compete(of: Affine, competition: Competition, base: int = 0) -> None:
+    """Of a group whose first feature has the number `base`."""
+    for own in blocks(len(of.x), len(of.W)):
+        pre, score = pre_and_score(Affine(of.x, of.W[own], of.b[own], None if of.c is None else of.c[own]))
+        competition.add(base + own.start, score, (pre,))
 
 
 def pre_and_score(of: Affine) -> tuple[Float[Tensor, "token feature"], Float[Tensor, "token feature"]]:
@@ -97,58 +101,3 @@ def _bag(
     return F.embedding_bag(
         indices, table.contiguous(), offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
-
-
-def _blocks(n_features: int, k: int) -> int:
-    """Blocks of which the k best are searched: a divisor of n_features near sqrt(n_features * k), where both levels of
-    selection cost the same; n_features itself where two levels save nothing."""
-    size = 1
-    while n_features % (2 * size) == 0 and 2 * size * k <= n_features // max(size, 2):
-        size *= 2
-    return n_features // size
-
-
-def topk_support(pre: Float[Tensor, "token feature"], k: int) -> Support:
-    """The k largest of every row; exactly k slots a token, also where fewer are positive.
-
-    Exact in two levels: the k largest entries lie within the k blocks that have the largest maxima.
-    """
-    n_tokens, n_features = pre.shape
-    assert 0 < k <= n_features, f"k={k} of {n_features} features"
-    n_blocks = _blocks(n_features, k)
-    if n_blocks < n_features:
-        blocks = pre.view(n_tokens, -1, n_blocks)  # feature f is in block f mod n_blocks: maxima of whole vectors
-        best = blocks.amax(1).topk(k, sorted=False).indices
-        candidates = blocks.gather(2, best[:, None, :].expand(-1, blocks.shape[1], -1)).flatten(1)
-        within = candidates.topk(k, sorted=False).indices
-        indices = within // k * n_blocks + best.gather(1, within % k)
-    else:
-        indices = pre.topk(k, sorted=False).indices
-    offsets = torch.arange(n_tokens + 1, device=pre.device) * k
-    return Support(indices.flatten(), offsets, n_features)
-
-
-def batchtopk_support(pre: Float[Tensor, "token feature"], n_slots: int) -> Support:
-    """The n_slots largest strictly positive entries of the whole matrix; all positive ones where there are fewer.
-
-    Exact: a threshold guessed from a sample narrows the candidates and is checked against their number.
-    """
-    flat = pre.flatten()
-    n_slots = min(n_slots, flat.numel())
-    sample = flat[::_STRIDE]
-    rank = min(int(1.2 * n_slots / _STRIDE) + 16, len(sample))
-    guess = sample.topk(rank, sorted=False).values.amin().clamp_min(0)
-    candidates = (flat > guess).nonzero().squeeze(1)
-    if len(candidates) < n_slots:
-        candidates = (flat > 0).nonzero().squeeze(1)
-    if len(candidates) > n_slots:
-        best = flat[candidates].topk(n_slots, sorted=False).indices
-        candidates = candidates[best].sort().values
-    n_tokens, n_features = pre.shape
-    return Support.of(candidates // n_features, candidates % n_features, n_tokens, n_features)
-
-
-def threshold_support(pre: Float[Tensor, "token feature"], threshold: Float[Tensor, "..."]) -> Support:
-    """Every entry strictly above the threshold (one, or one of each feature), compared in the wider of the two types."""
-    tokens, indices = (pre > threshold.reshape(1, -1)).nonzero(as_tuple=True)
-    return Support.of(tokens, indices, *pre.shape)
