@@ -7,11 +7,12 @@ from itertools import product
 
 import pytest
 import torch
-from decomposition_parts import ARCHITECTURES, objective, planted
+from decomposition_parts import ACTIVATIONS, ARCHITECTURES, objective, planted
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_parts import training
 
-from nndecomp.config.schema import Activation, BackendKind, DType, Scope
+from nndecomp.config.schema import Activation, BackendKind, DType, Penalty, Scope
 from nndecomp.decompositions import backends
 from nndecomp.decompositions.backends.interface import AdamNumbers, Affine, RowGradient
 from nndecomp.decompositions.codes import SparseCodes
@@ -343,6 +344,55 @@ def test_rows_are_rounded_under_autocast_as_written_gradients_are(monkeypatch):
     name = "dictionary.groups.0.W_dec"
     torch.testing.assert_close(by_rows[name], written[name], rtol=1e-5, atol=1e-6)
     assert (by_rows[name] - exact[name]).abs().max() > 1e-5
+
+
+class Asked(TorchDispatchMode):
+    """Operations whose result, or its size, a GPU would have to be waited for."""
+
+    WAITS = (
+        *("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_consecutive", "equal"),
+        *("is_nonzero", "lift_fresh"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            each is not None and each.dtype == torch.bool for each in args[1]
+        )
+        unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in self.WAITS or by_mask or unsized:
+            self.found.append(func.name())
+        return func(*args, **kwargs)
+
+
+JUMPRELU = ACTIVATIONS["jumprelu"] | {"penalty": Penalty.l0, "penalty_coefficient": 0.01}
+STEPS = {
+    "topk": ARCHITECTURES["sae"],
+    "topk clt": ARCHITECTURES["cross_layer_transcoder"],
+    "batchtopk": ARCHITECTURES["sae"] | ACTIVATIONS["batchtopk"],
+    "jumprelu": ARCHITECTURES["sae"] | JUMPRELU,
+}
+
+
+@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+def test_a_training_step_asks_nothing_of_the_device(settings):
+    with backends.using(BackendKind.triton):
+        with torch.device("cpu"):
+            made = objective(**settings)
+            batches = [planted(made.layout, 5, seed=step).to(DEVICE) for step in range(2)]
+        trainee = Trainee("it", made.to(DEVICE).train(), training(2, lr=1e-2, clip_norm=0.5))
+        trainee.step(batches[0], 0)
+        with Asked() as asked:
+            trainee.step(batches[1], 1)
+        assert not asked.found
+        with asked:
+            trainee.window.rows[0][0].item()
+        assert asked.found, "it is seen where something is read"
 
 
 def test_without_triton_it_is_refused_in_a_sentence(monkeypatch):
