@@ -36,7 +36,7 @@ from nndecomp.config.spd import (
 )
 from nndecomp.decompositions.spd import masks
 from nndecomp.decompositions.spd.components import Components
-from nndecomp.decompositions.spd.losses import faithfulness, minimality, p_at
+from nndecomp.decompositions.spd.losses import faithfulness, minimality, minimality_at, p_at
 from nndecomp.decompositions.spd.sigmoids import LEAK, lower_leaky, upper_leaky
 from nndecomp.errors import SettingError
 from nndecomp.targets.maps import linear_map
@@ -269,6 +269,18 @@ def test_the_power_moves_straight_from_start_to_end():
     assert found == pytest.approx([2.0, 2.0, 1.2, 0.4, 0.4])
     still = settings({"r": loss_term(Masks.ones)}, p_start=2.0, p_end=None)
     assert [p_at(progress, still) for progress in (0.0, 0.5, 1.0)] == [2.0, 2.0, 2.0]
+
+
+def test_the_coefficient_of_minimality_moves_by_equal_factors_and_weighs_the_loss():
+    anneal = {"minimality": 0.16, "minimality_end": 0.01, "minimality_anneal": [0.25, 0.75]}
+    cfg = settings({"r": loss_term(Masks.ones)}, **anneal)
+    found = [minimality_at(progress, cfg) for progress in (0.0, 0.25, 0.375, 0.5, 0.75, 1.0)]
+    assert found == pytest.approx([0.16, 0.16, 0.08, 0.04, 0.01, 0.01])
+    assert minimality_at(0.5, settings({"r": loss_term(Masks.ones)}, minimality=0.16)) == 0.16
+    made = objective_on_vectors(chain(4, 6, 3), {"r": loss_term(Masks.importance)}, faithfulness=0.0, **anneal)
+    for progress, coefficient in ((0.0, 0.16), (0.5, 0.04)):
+        total, terms = made.loss(X, progress)
+        assert_close(total, terms["r"] + coefficient * terms["minimality"])
 
 
 # --- divergence ---
@@ -524,6 +536,9 @@ def test_zero_masks_keep_the_biases():
         ({"maps": {}}, "spd.maps={} names no map"),
         ({"maps": {"h": 0}}, "spd.maps has 0 components for h"),
         ({"p_anneal": [0.5, 0.5]}, r"spd.p_anneal=\[0.5, 0.5\] must be two increasing shares"),
+        ({"minimality_anneal": [0.0, 1.5]}, r"spd.minimality_anneal=\[0.0, 1.5\] must be two increasing shares"),
+        ({"minimality": 0.0, "minimality_end": 0.1}, "spd.minimality_end=0.1 is approached by factors"),
+        ({"minimality_end": 0.0}, "both must be positive; null keeps the first"),
         ({"p_start": 0.0}, "spd.p_start=0.0 must be positive"),
         ({"faithfulness": -1.0}, "spd.faithfulness=-1.0 must not be negative"),
         ({"clip_components": 0.0}, "spd.clip_components=0.0 must be positive; null clips nothing"),

@@ -171,6 +171,8 @@ class SPDConfig:
     delta: bool = True  # what the components leave of the weights takes part in stochastic and adversarial losses
     faithfulness: float  # coefficient of the mean squared error of the weights
     minimality: float  # coefficient of the importance-minimality loss, sum over components of h^p
+    minimality_end: float | None = None  # null: the coefficient stays
+    minimality_anneal: list[float] = field(default_factory=lambda: [0.0, 1.0])  # shares of training; by factors
     p_start: float = 2.0
     p_end: float | None = None  # null: p stays
     p_anneal: list[float] = field(default_factory=lambda: [0.0, 1.0])  # shares of training between which p moves
@@ -201,9 +203,16 @@ class SPDConfig:
             require(getattr(self, name) >= 0, f"spd.{name}={getattr(self, name)} must not be negative")
         require(self.p_start > 0, f"spd.p_start={self.p_start} must be positive")
         require(self.p_end is None or self.p_end > 0, f"spd.p_end={self.p_end} must be positive, or null")
+        for name in ("p_anneal", "minimality_anneal"):
+            shares: list[float] = getattr(self, name)
+            require(
+                len(shares) == 2 and 0 <= shares[0] < shares[1] <= 1,
+                f"spd.{name}={shares} must be two increasing shares of training",
+            )
         require(
-            len(self.p_anneal) == 2 and 0 <= self.p_anneal[0] < self.p_anneal[1] <= 1,
-            f"spd.p_anneal={self.p_anneal} must be two increasing shares of training",
+            self.minimality_end is None or min(self.minimality, self.minimality_end) > 0,
+            f"spd.minimality_end={self.minimality_end} is approached by factors from spd.minimality={self.minimality}: both "
+            "must be positive; null keeps the first",
         )
         require(
             self.clip_components is None or self.clip_components > 0,

@@ -29,7 +29,7 @@ from nndecomp.config.spd import (
 from nndecomp.decompositions.spd import masks
 from nndecomp.decompositions.spd.adversary import PersistentSources, attacked, damaging, leading
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
-from nndecomp.decompositions.spd.losses import faithfulness, minimality, p_at
+from nndecomp.decompositions.spd.losses import faithfulness, minimality, minimality_at, p_at
 from nndecomp.decompositions.spd.masks import Gates, Masking, Routes
 from nndecomp.training.progress import Progress
 from nndecomp.training.subjects import Subject
@@ -95,7 +95,7 @@ class SPDObjective(nn.Module):
             upper = {name: each.h for name, each in importances.items()}
             minimal = minimality(upper, real, p_at(progress, self.cfg), self.cfg.frequency)
         losses = {name: self._reconstruction(name, each, step, progress) for name, each in self.cfg.losses.items()}
-        total = self.cfg.faithfulness * faith + self.cfg.minimality * minimal
+        total = self.cfg.faithfulness * faith + minimality_at(progress, self.cfg) * minimal
         for name, each in losses.items():
             total = total + self.cfg.losses[name].coefficient * each
         with torch.no_grad():

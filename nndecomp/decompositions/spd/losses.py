@@ -29,9 +29,19 @@ def p_at(progress: float, cfg: SPDConfig) -> float:
     """p_start, moving straight to p_end between the shares of training that p_anneal names."""
     if cfg.p_end is None:
         return cfg.p_start
-    start, end = cfg.p_anneal
-    share = min(max((progress - start) / (end - start), 0.0), 1.0)
-    return cfg.p_start + share * (cfg.p_end - cfg.p_start)
+    return cfg.p_start + _share(progress, cfg.p_anneal) * (cfg.p_end - cfg.p_start)
+
+
+def minimality_at(progress: float, cfg: SPDConfig) -> float:
+    """Its coefficient: minimality (minimality_end / minimality)^t, t from 0 to 1 between the shares of minimality_anneal."""
+    if cfg.minimality_end is None:
+        return cfg.minimality
+    return cfg.minimality * (cfg.minimality_end / cfg.minimality) ** _share(progress, cfg.minimality_anneal)
+
+
+def _share(progress: float, shares: Sequence[float]) -> float:
+    start, end = shares
+    return min(max((progress - start) / (end - start), 0.0), 1.0)
 
 
 def minimality(
