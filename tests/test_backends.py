@@ -20,8 +20,9 @@ from nndecomp.errors import SettingError
 needs_native = pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
 BACKENDS = [
     pytest.param(Pure(), id="torch"),
-    pytest.param(native.BACKEND, id="native", marks=needs_native),
-    pytest.param(native.SCREENING, id="native_int8", marks=needs_native),
+    pytest.param(native.PLAIN, id="native", marks=needs_native),
+    pytest.param(native.CERTAIN, id="native_certain", marks=needs_native),
+    pytest.param(native.LIKELY, id="native_int8", marks=needs_native),
 ]
 SIZES = [(1, 3, 5, 1), (7, 6, 24, 3), (40, 33, 300, 8), (70, 16, 2500, 31)]  # tokens, d, features, k
 
@@ -51,8 +52,9 @@ def values(selected: Selected) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So small that these sizes take several, of features and of tokens."""
-    monkeypatch.setattr(candidates, "BLOCK", 16 * 256)
+    """So small that these sizes take several; and what screening leaves is never too much."""
+    monkeypatch.setattr(candidates, "_MANY", 1.0)
+    monkeypatch.setattr(candidates, "_width", lambda of: compiled.LONG(256))
     monkeypatch.setattr(selection, "BLOCK", 16 * 256)
     yield
 
@@ -89,7 +91,7 @@ def test_batchtopk_is_the_largest_of_the_batch(backend: Backend, size, scaled):
 
 @needs_native
 def test_a_batch_after_one_of_another_size_is_selected_as_if_it_were_the_first():
-    backend = native.Native()
+    backend = native.Native(None)
     of = affine(40, 33, 300)
     loud = Affine(100 * of.x, of.W, of.b, None)
     first = mask(backend.batchtopk([of], 200)[0])
@@ -245,14 +247,15 @@ def test_entries_that_neither_have_a_code_nor_teach_are_left_out_without_a_trace
 
 
 @needs_native
-def test_the_number_of_threads_changes_no_bit():
+@pytest.mark.parametrize("backend", [native.PLAIN, native.CERTAIN, native.LIKELY], ids=["plain", "certain", "likely"])
+def test_the_number_of_threads_changes_no_bit(backend: Backend):
     of, before = affine(70, 16, 2500), torch.get_num_threads()
     weights = torch.randn(70 * 31, generator=torch.Generator().manual_seed(3))
     results = []
     for n in (1, 2):
         torch.set_num_threads(n)
-        found = native.BACKEND.topk(of, 31)
-        sums = native.BACKEND.feature_sums(found.support, of.x, weights)
+        found = backend.topk(of, 31)
+        sums = backend.feature_sums(found.support, of.x, weights)
         results.append((found.support.indices, sums, kernels.bag(found.support, of.W, weights)))
     torch.set_num_threads(before)
     for one, two in zip(*results, strict=True):

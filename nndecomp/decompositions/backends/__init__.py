@@ -64,7 +64,7 @@ def of(tensor: Tensor) -> Backend:
 
         served = tensor.dtype in (torch.float32, torch.int64) and not torch.is_autocast_enabled("cpu")
         if served and compiled.available():
-            return native.SCREENING if _asked is BackendKind.native_int8 else native.BACKEND
+            return native.LIKELY if _asked is BackendKind.native_int8 else native.exact()
     wanted = _asked is BackendKind.triton or (tensor.device.type == "cuda" and _asked is BackendKind.auto)
     served = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)
     if wanted and served and _triton_serves(tensor.device.type):

@@ -1,17 +1,21 @@
-"""Entries of a batch that may be selected, found block by block while pre-activations are in the cache; on the C++ side in cpp/.
+"""Entries of a batch that may be selected, found tile by tile while pre-activations are in the cache; on the C++ side in cpp/.
 
-Screening: x . w from 8-bit x and w has an error with a standard deviation of at most (|w| s_x + |x| s_w) / sqrt(12), s the steps of
-the grids. What could be selected if its error were _SIGMAS of these is computed once more in float32, and selected by that.
+Screening: products of 8-bit x and w say what x . w is at most and at least. What can be selected by that is computed once more in
+float32, and selected by that. With x = x^ + e and w = w^ + f, x^ and w^ on grids of steps s_x and s_w,
+
+    certain    |x . w - x^ . w^| <= |x^| |f| + |e| |w|, and what sums in float32 round: what float32 selects is never missed
+    likely     4 times the standard deviation that e and f have where they are spread evenly, sqrt((|w| s_x)^2 + (|x| s_w)^2) / sqrt(12) at most
 """
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
 from math import inf
 
 import torch
-from jaxtyping import Float, Int8, Num
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from nndecomp.decompositions.backends.compiled import FLOAT, LONG, library, pointer, threads
@@ -20,9 +24,16 @@ from nndecomp.decompositions.support import Selected, Support
 
 # Of W, what is packed at once: it stays in the cache while it meets all tokens.
 PACKED = 3 << 17
-# Entries of one block of products in 8 bits: it stays in the cache between the product and the selection.
-BLOCK = 1 << 22
 _SIGMAS = 4.0
+# A product in float32 costs about three times what one in 8 bits does, and this share of it once more entry by entry as much again.
+_MANY = 0.06
+
+
+class Bound(Enum):
+    """Of what 8 bits can be wrong by."""
+
+    certain = auto()
+    likely = auto()
 
 
 class Candidates:
@@ -37,30 +48,27 @@ class Candidates:
         library().candidates_add(
             *(self.handle, pointer(of.x), LONG(of.x.stride(0)), pointer(of.W), LONG(of.W.stride(0))),
             *(*map(LONG, of.W.shape), pointer(of.b), pointer(of.c), pointer(threshold)),
-            *(LONG(base), LONG(max(256, min(1024, PACKED // of.x.shape[1]))), threads()),
+            *(LONG(base), _width(of), threads()),
         )
 
-    def screen(
-        self,
-        of: Affine,
-        operands: "Operands",
-        above: float = -inf,
-        threshold: Float[Tensor, "feature"] | None = None,
-    ) -> int:
-        """The same of one group, by products in 8 bits, and what may be selected once more in float32: where no k is asked for, z c
-        exceeds `above`, or the threshold of each feature. Returns how many there were to compute once more."""
+    def screen(self, of: Affine, operands: "Operands", threshold: Float[Tensor, "feature"] | None = None) -> bool:
+        """The same of one group, by products in 8 bits: what may be selected, until `rescore`. False: it is too much, and not all
+        there."""
         x, W = operands
-        for rows, own in _blocks(self.n_tokens, len(of.W)):
-            n_rows, n = rows.stop - rows.start, own.stop - own.start
-            product = _block(n_rows, n, torch.int32)
-            torch._int_mm(x.q[rows], W.q[own].T, out=product)  # pyright: ignore[reportPrivateImportUsage]
-            library().candidates_screen(
-                *(self.handle, pointer(product), LONG(n), LONG(own.start), pointer(of.b[own])),
-                *(pointer(None if each is None else each[own]) for each in (of.c, threshold)),
-                *(pointer(W.scale[own]), pointer(W.norm[own]), pointer(x.scale), pointer(x.norm)),
-                *(FLOAT(_SIGMAS / 12**0.5), LONG(rows.start), LONG(n_rows), threads()),
-            )
-        return library().candidates_rescore(
+        quantised = (pointer(each) for own in (x, W) for each in (own.q, own.scale, own.a, own.b))
+        found = library().candidates_screen(
+            *(self.handle, *quantised, *map(LONG, of.W.shape), pointer(of.b), pointer(of.c), pointer(threshold)),
+            *(_width(of), LONG(many(self.n_tokens, len(of.W))), threads()),
+        )
+        return found >= 0
+
+    def narrow(self, n: int) -> None:
+        """While screened: without what cannot be among the n largest of all tokens."""
+        library().candidates_narrow(self.handle, LONG(n))
+
+    def rescore(self, of: Affine, above: float = -inf, threshold: Float[Tensor, "feature"] | None = None) -> None:
+        """In float32. Where no k is asked for, entries stay whose z c exceeds `above`, or the threshold of their feature."""
+        library().candidates_rescore(
             *(self.handle, pointer(of.x), LONG(of.x.stride(0)), pointer(of.W), LONG(of.W.stride(0))),
             *(pointer(of.b), pointer(of.c), pointer(threshold), FLOAT(above), LONG(of.x.shape[1]), threads()),
         )
@@ -94,55 +102,64 @@ def candidates(n_tokens: int, k: int = 0, threshold: float = -inf) -> Iterator[C
         library().candidates_free(found.handle)
 
 
-_buffers: dict[torch.dtype, Tensor] = {}
+def many(n_tokens: int, n_features: int) -> int:
+    """Entries that screening must not leave more of."""
+    return int(_MANY * n_tokens * n_features)
 
 
-def _block(n_tokens: int, n_features: int, dtype: torch.dtype) -> Num[Tensor, "token feature"]:
-    """Memory that is used again: fresh memory costs more than what is written to it."""
-    n = n_tokens * n_features
-    if n > len(_buffers.get(dtype, ())):
-        _buffers[dtype] = torch.empty(n, dtype=dtype)
-    return _buffers[dtype][:n].view(n_tokens, n_features)
-
-
-def _blocks(n_tokens: int, n_features: int) -> Iterator[tuple[slice, slice]]:
-    """Tokens and features, BLOCK entries or fewer at a time."""
-    width = min(n_features, max(256, BLOCK // max(n_tokens, 1)))
-    height = max(1, BLOCK // width)
-    for token in range(0, n_tokens, height):
-        for feature in range(0, n_features, width):
-            yield slice(token, min(token + height, n_tokens)), slice(feature, min(feature + width, n_features))
-
-
-Operands = tuple["Quantised", "Quantised"]  # x and W
+def _width(of: Affine) -> LONG:
+    return LONG(max(256, min(1024, PACKED // of.x.shape[1])))
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """Rows in 8 bits: x * fold = q * scale, but for rounding; norm = |x * fold|."""
+    """Rows in 8 bits: row * fold = q * scale, but for rounding. Products of two are wrong by at most a a' + b b', as the Bound says."""
 
     q: Int8[Tensor, "row d"]
     scale: Float[Tensor, "row"]
-    norm: Float[Tensor, "row"]
-
-    @staticmethod
-    def of(x: Float[Tensor, "row d"], fold: Float[Tensor, "d"]) -> "Quantised":
-        n, d = x.shape
-        q = torch.empty(n, d, dtype=torch.int8)
-        scale, norm = torch.empty(n), torch.empty(n)
-        library().quantise(
-            *(pointer(x), LONG(x.stride(0)), LONG(n), LONG(d), pointer(fold)),
-            *(pointer(q), pointer(scale), pointer(norm), threads()),
-        )
-        return Quantised(q, scale, norm)
+    a: Float[Tensor, "row"]
+    b: Float[Tensor, "row"]
 
 
-def quantised(of: Affine) -> Operands | None:
+Operands = tuple[Quantised, Quantised]  # x and W
+
+
+def quantised(of: Affine, bound: Bound) -> Operands | None:
     """x and W, with each dimension divided in one and multiplied in the other so that both have it equally large: a dimension that is
     large in x alone would leave the others no bits. Null where something is not finite."""
     # Of some rows: it need not be exact.
     size_x, size_W = (each[:: 1 + len(each) // 256].square().mean(0).sqrt() for each in (of.x, of.W))
     fold = torch.where((size_x > 0) & (size_W > 0), (size_W / size_x).sqrt(), 1.0)
-    x, W = Quantised.of(of.x, fold), Quantised.of(of.W, 1 / fold)
-    finite = all(bool(each.isfinite().all()) for each in (x.norm, W.norm, of.b))
-    return (x, W) if finite else None
+    x, W = _rounded(of.x, fold), _rounded(of.W, 1 / fold)
+    if not all(bool(each.isfinite().all()) for each in (x.norm, W.norm, of.b)):
+        return None
+    match bound:
+        case Bound.certain:
+            # More than what sums of d products in float32 round.
+            float32 = (of.x.shape[1] + 64) * 2.0**-24
+            return (
+                Quantised(x.q, x.scale, x.norm + x.error, 1.001 * x.error + float32 * x.norm),
+                Quantised(W.q, W.scale, 1.001 * W.error, W.norm),
+            )
+        case Bound.likely:
+            by = _SIGMAS / 12**0.5
+            return Quantised(x.q, x.scale, by * x.scale, by * x.norm), Quantised(W.q, W.scale, W.norm, W.scale)
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    q: Int8[Tensor, "row d"]
+    scale: Float[Tensor, "row"]
+    norm: Float[Tensor, "row"]  # of row * fold
+    error: Float[Tensor, "row"]  # |row * fold - q * scale|
+
+
+def _rounded(rows: Float[Tensor, "row d"], fold: Float[Tensor, "d"]) -> _Rounded:
+    n, d = rows.shape
+    q = torch.empty(n, d, dtype=torch.int8)
+    scale, norm, error = torch.empty(n), torch.empty(n), torch.empty(n)
+    library().quantise(
+        *(pointer(rows), LONG(rows.stride(0)), LONG(n), LONG(d), pointer(fold)),
+        *(pointer(q), pointer(scale), pointer(norm), pointer(error), threads()),
+    )
+    return _Rounded(q, scale, norm, error)

@@ -8,7 +8,7 @@ Compiled on first use for the machine at hand (a C++ compiler with OpenMP, two s
 cannot be, that is said once and PyTorch's own operations take its place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nndecomp.decompositions.backends.candidates import Operands, candidates, quantised
+from nndecomp.decompositions.backends.candidates import Bound, Operands, candidates, many, quantised
 from nndecomp.decompositions.backends.compiled import LONG, library, pointer, threads
 from nndecomp.decompositions.backends.interface import Affine
 from nndecomp.decompositions.backends.pure import pre_and_score
@@ -33,49 +33,57 @@ class Native:
     """Where the threshold of a batch was is remembered for the next one. It saves work and changes nothing: a guess that turns out too
     high is given up, and all is computed again in the same blocks.
 
-    screens: products of the encoder in 8 bits first; see `candidates`. Some tokens of every batch are looked through in float32. If
-    anything was missed there, the whole batch is done in float32, so that what is computed depends on the batch alone.
+    Products of the encoder go in 8 bits first where that is `pays`, or asked for; see `candidates`. By a certain bound that is what
+    float32 selects. By a likely one some tokens of every batch are looked through in float32, and if anything was missed there, the
+    whole batch is done in float32. So what is computed depends on the batch alone, also where so much would be left to compute once
+    more that all is.
     """
 
-    def __init__(self, screens: bool = False) -> None:
-        self.name = "native_int8" if screens else "native"
-        self.screens = screens
+    def __init__(self, bound: Bound | None) -> None:
+        self.name = "native_int8" if bound is Bound.likely else "native"
+        self.bound = bound
         # By encoder: the smallest key that the last batch kept.
         self._last: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def topk(self, of: Affine, k: int) -> Selected:
         assert 0 < k <= len(of.W), f"k={k} of {len(of.W)} features"
         of = _contiguous(of)
-        operands = quantised(of) if self.screens else None
-        if operands is None:
-            return self._topk(of, k, None)
-        found = self._topk(of, k, operands)
-        agreement = _agreement(of, found, _keys(of, found).view(-1, k).amin(1, keepdim=True))
-        return replace(self._topk(of, k, None) if agreement < 1 else found, agreement=agreement)
 
-    def _topk(self, of: Affine, k: int, operands: Operands | None) -> Selected:
-        with candidates(len(of.x), k) as found:
-            if operands is None:
+        def plain() -> list[Selected]:
+            with candidates(len(of.x), k) as found:
                 found.add(of)
-            else:
-                found.screen(of, operands)
-            return found.selected(len(of.W))
+                return [found.selected(len(of.W))]
+
+        if (operands := self._operands([of], k * len(of.x))) is None:
+            return self._unscreened(plain())[0]
+        with candidates(len(of.x), k) as found:
+            if not found.screen(of, operands[0]):
+                return self._unscreened(plain())[0]
+            found.rescore(of)
+            selected = found.selected(len(of.W))
+        return self._checked([of], [selected], _keys(of, selected).view(-1, k).amin(1, keepdim=True), plain)[0]
 
     def batchtopk(self, of: Sequence[Affine], n_slots: int) -> list[Selected]:
         banks = list(map(_contiguous, of))
         n_slots = min(n_slots, len(of[0].x) * sum(len(each.W) for each in of))
-        operands = [quantised(each) for each in banks] if self.screens else []
-        complete = [each for each in operands if each is not None]
-        if not self.screens or len(complete) < len(banks):
-            return self._batchtopk(banks, n_slots, None)
-        found = self._batchtopk(banks, n_slots, complete)
+
+        def plain() -> list[Selected]:
+            found = self._batchtopk(banks, n_slots, None)
+            assert found is not None, "without screening nothing is too much"
+            return found
+
+        operands = self._operands(banks, n_slots)
+        found = None if operands is None else self._batchtopk(banks, n_slots, operands)
+        if found is None:
+            return self._unscreened(plain())
         together = torch.cat([_keys(each, own) for each, own in zip(banks, found, strict=True)])
         smallest = together.amin().reshape(1, 1) if len(together) == n_slots else torch.zeros(1, 1)
-        agreement = min(_agreement(each, own, smallest) for each, own in zip(banks, found, strict=True))
-        found = self._batchtopk(banks, n_slots, None) if agreement < 1 else found
-        return [replace(own, agreement=agreement) for own in found]
+        return self._checked(banks, found, smallest, plain)
 
-    def _batchtopk(self, of: Sequence[Affine], n_slots: int, operands: Sequence[Operands] | None) -> list[Selected]:
+    def _batchtopk(
+        self, of: Sequence[Affine], n_slots: int, operands: Sequence[Operands] | None
+    ) -> list[Selected] | None:
+        """Null: screening leaves too much."""
         n_tokens, widths = len(of[0].x), [len(each.W) for each in of]
         last = self._last.get(of[0].W)
         guess = max(0.0, _sampled(of, n_slots) if last is None else (1 - _CAUTION) * last)
@@ -84,10 +92,13 @@ class Native:
                 for i, (each, base) in enumerate(zip(of, accumulate(widths, initial=0), strict=False)):
                     if operands is None:
                         found.add(each, base=base)
-                    else:
-                        with candidates(n_tokens, 0, guess) as part:
-                            part.screen(each, operands[i], guess)
-                            found.append(part, base)
+                        continue
+                    with candidates(n_tokens, 0, guess) as part:
+                        if not part.screen(each, operands[i]):
+                            return None
+                        part.narrow(n_slots)
+                        part.rescore(each, guess)
+                        found.append(part, base)
                 if len(found) < n_slots and guess > 0:
                     guess = guess / 2 if guess > 1e-6 else 0.0
                     continue
@@ -104,20 +115,44 @@ class Native:
 
     def above(self, of: Affine, threshold: Float[Tensor, "feature"]) -> Selected:
         of, threshold = _contiguous(of), threshold.contiguous()
-        operands = quantised(of) if self.screens else None
-        if operands is None:
-            return self._above(of, threshold, None)
-        found = self._above(of, threshold, operands)
-        agreement = _agreement(of, found, threshold[None])
-        return replace(self._above(of, threshold, None) if agreement < 1 else found, agreement=agreement)
 
-    def _above(self, of: Affine, threshold: Float[Tensor, "feature"], operands: Operands | None) -> Selected:
-        with candidates(len(of.x)) as found:
-            if operands is None:
+        def plain() -> list[Selected]:
+            with candidates(len(of.x)) as found:
                 found.add(of, threshold)
-            else:
-                found.screen(of, operands, threshold=threshold)
-            return found.selected(len(of.W))
+                return [found.selected(len(of.W))]
+
+        if (operands := self._operands([of], 0)) is None:
+            return self._unscreened(plain())[0]
+        with candidates(len(of.x)) as found:
+            if not found.screen(of, operands[0], threshold):
+                return self._unscreened(plain())[0]
+            found.rescore(of, threshold=threshold)
+            selected = found.selected(len(of.W))
+        return self._checked([of], [selected], threshold[None], plain)[0]
+
+    def _operands(self, of: Sequence[Affine], n_slots: int) -> list[Operands] | None:
+        """In 8 bits; null where they are not wanted, or are of no use to find so many."""
+        if self.bound is None or n_slots > many(len(of[0].x), sum(len(each.W) for each in of)):
+            return None
+        found = [quantised(each, self.bound) for each in of]
+        complete = [each for each in found if each is not None]
+        return complete if len(complete) == len(found) else None
+
+    def _checked(
+        self,
+        of: Sequence[Affine],
+        found: list[Selected],
+        smallest: Float[Tensor, "token_or_one feature_or_one"],
+        plain: Callable[[], list[Selected]],
+    ) -> list[Selected]:
+        """What was found, or, if the bound is only likely and float32 finds more on some tokens, what float32 finds."""
+        if self.bound is not Bound.likely:
+            return found
+        agreement = min(_agreement(each, own, smallest) for each, own in zip(of, found, strict=True))
+        return [replace(own, agreement=agreement) for own in (found if agreement == 1 else plain())]
+
+    def _unscreened(self, found: list[Selected]) -> list[Selected]:
+        return [replace(own, agreement=1.0) for own in found] if self.bound is Bound.likely else found
 
     def by_feature(
         self, indices: Int[Tensor, "slot"], n_features: int
@@ -177,7 +212,12 @@ class Native:
         return out
 
 
-BACKEND, SCREENING = Native(), Native(screens=True)
+PLAIN, CERTAIN, LIKELY = Native(None), Native(Bound.certain), Native(Bound.likely)
+
+
+def exact() -> Native:
+    """What selects as float32 does, as fast as this processor can."""
+    return CERTAIN if library().screening_pays() else PLAIN
 
 
 def _rows(table: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nndecomp.decompositions.backends.compiled import INT, LONG, library, pointer, threads
 from nndecomp.decompositions.backends.interface import AdamNumbers, RowGradient, RowUpdate
-from nndecomp.decompositions.backends.native import BACKEND
+from nndecomp.decompositions.backends.native import PLAIN
 
 
 class _Struct(ctypes.Structure):
@@ -25,7 +25,7 @@ class NativeRows(RowUpdate):
     few: ClassVar[float] = 2
 
     def __init__(self, gradient: RowGradient, W: Float[Tensor, "feature d"]) -> None:
-        order, bounds = gradient.support.by_feature(BACKEND.by_feature)
+        order, bounds = gradient.support.by_feature(PLAIN.by_feature)
         rows = gradient.rows if gradient.rows.stride(1) == 1 else gradient.rows.contiguous()
         self.W = W
         self._read = (

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 #ifdef __AVX512F__
@@ -10,7 +11,7 @@
 #endif
 
 constexpr long CHUNK = 32;    // entries that are compared at once, before any of them is looked at alone
-constexpr long GROUPS = 128;  // of a first block, whose maxima say what the k-th largest entry is at least
+constexpr long GROUPS = 128;  // of features, or more: their maxima say what the k-th largest entry is at least
 
 struct Entry {
   float key;  // z c, by which entries are compared; while screened, what it is at most
@@ -29,33 +30,44 @@ inline bool before(const Entry& a, const Entry& b) {
 struct Row {
   std::vector<Entry> entries;
   float threshold;
-  long most = 0;  // entries, while screened, before those are dropped that cannot be among the largest
+  std::vector<float> maxima;  // where k is asked for: of features g, g + G, g + 2 G, ..., what the largest key is at least
+  long most = 0;              // entries, while screened, before those are dropped that cannot be among the largest
 };
 
 struct Candidates {
   long k;  // > 0: the k largest of every row; 0: all above a threshold
   std::vector<Row> rows;
+
+  // Of how many features, so that maxima can be kept where they help.
+  void expect(long n_features) {
+    long groups = GROUPS;
+    while (groups < 4 * k) groups *= 2;
+    if (k == 0 || n_features < 2 * groups) return;
+    for (auto& row : rows)
+      if (row.maxima.empty()) row.maxima.assign(groups, -std::numeric_limits<float>::infinity());
+  }
 };
 
 inline void keep_largest(Row& row, long k) {
   std::nth_element(row.entries.begin(), row.entries.begin() + (k - 1), row.entries.end(), before);
   row.entries.resize(k);
-  row.threshold = row.entries[k - 1].key;
-  if (row.threshold != row.threshold) row.threshold = std::numeric_limits<float>::infinity();
+  // What comes later and is only as large has features of higher numbers, and loses.
+  const float last = row.entries[k - 1].key;
+  row.threshold = last == last ? std::nextafter(last, std::numeric_limits<float>::infinity()) : std::numeric_limits<float>::infinity();
 }
 
-enum class Than { not_less, not_less_or_equal, greater };  // of what is not a number, the first two hold
+enum class Than { not_less, greater };  // of what is not a number, the first holds
 
 template <Than than>
 inline bool hit(float key, float t) {
-  return than == Than::greater ? key > t : than == Than::not_less ? !(key < t) : !(key <= t);
+  return than == Than::greater ? key > t : !(key < t);
 }
 
 // Of CHUNK keys, one bit each.
 template <Than than>
 inline uint32_t hits(const float* key, float t) {
 #ifdef __AVX512F__
-  constexpr int how = than == Than::greater ? _CMP_GT_OQ : than == Than::not_less ? _CMP_NLT_UQ : _CMP_NLE_UQ;
+  constexpr int how = than == Than::greater ? _CMP_GT_OQ : _CMP_NLT_UQ;
   const __m512 at = _mm512_set1_ps(t);
   const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(key + 16), at, how);
   return _mm512_cmp_ps_mask(_mm512_loadu_ps(key), at, how) | (high << 16);
@@ -82,29 +94,58 @@ inline void scan(const float* key, long n, const float& threshold, const Add& ad
     if (hit<than>(key[j], threshold)) add(j);
 }
 
-// What the k-th largest of n keys is at least: k of the groups j, j + GROUPS, ... have a maximum as large. -infinity where there are
-// too few groups.
-inline float at_least(const float* keys, long n, long k) {
-  const float none = -std::numeric_limits<float>::infinity();
-  if (k > GROUPS || n < 2 * GROUPS) return none;
-  float largest[GROUPS];
-  for (long g = 0; g < GROUPS; ++g) largest[g] = keys[g];
-  for (long j = GROUPS; j + GROUPS <= n; j += GROUPS)
-    for (long g = 0; g < GROUPS; ++g) largest[g] = keys[j + g] > largest[g] ? keys[j + g] : largest[g];
-  for (long g = 0; g < GROUPS; ++g)
-    if (largest[g] != largest[g]) return none;
-  std::nth_element(largest, largest + (k - 1), largest + GROUPS, [](float a, float b) { return a > b; });
-  return largest[k - 1];
+// Whole numbers in the order of floats, and back.
+inline int32_t ordered(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+inline float unordered(int32_t bits) {
+  bits ^= (bits >> 31) & 0x7fffffff;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Nearly the largest number that k of `values` are not below; -infinity where there is none. What is not a number is none.
+inline float at_least(const std::vector<float>& values, long k) {
+  const long n = long(values.size());
+  thread_local std::vector<int32_t> keys;
+  keys.resize(n);
+  for (long i = 0; i < n; ++i) keys[i] = ordered(values[i]);
+  int64_t low = ordered(-std::numeric_limits<float>::infinity()), high = ordered(std::numeric_limits<float>::infinity());
+  while (high - low > 1 << 12) {
+    const int32_t middle = int32_t((low + high) / 2);
+    int32_t above = 0;
+    for (long i = 0; i < n; ++i) above += keys[i] >= middle;
+    (above >= k ? low : high) = middle;
+  }
+  return unordered(int32_t(low));
+}
+
+// `least` [n] of features first .. first + n - 1: what their keys are at least. Raises the row's threshold by them.
+inline void raise(Row& row, long k, const float* least, long n, long first) {
+  const long groups = long(row.maxima.size());
+  if (groups == 0) return;
+  for (long j = 0; j < n;) {
+    const long g = (first + j) % groups, length = std::min(groups - g, n - j);
+    float* __restrict largest = row.maxima.data() + g;
+    const float* own = least + j;
+    for (long i = 0; i < length; ++i) largest[i] = own[i] > largest[i] ? own[i] : largest[i];
+    j += length;
+  }
+  row.threshold = std::max(row.threshold, at_least(row.maxima, k));
 }
 
 // Drops what cannot be among the k largest: its key is at most less than what k others are at least.
 inline void drop_hopeless(Row& row, long k) {
-  if (long(row.entries.size()) <= k) return;
-  std::vector<float> least;
-  least.reserve(row.entries.size());
-  for (const auto& entry : row.entries) least.push_back(entry.key - entry.z);
-  std::nth_element(least.begin(), least.begin() + (k - 1), least.end(), [](float a, float b) { return a > b; });
-  row.threshold = std::max(row.threshold, least[k - 1]);
+  if (long(row.entries.size()) > k) {
+    thread_local std::vector<float> least;
+    least.clear();
+    for (const auto& entry : row.entries) least.push_back(entry.key - entry.z);
+    std::nth_element(least.begin(), least.begin() + (k - 1), least.end(), [](float a, float b) { return a > b; });
+    row.threshold = std::max(row.threshold, least[k - 1]);
+  }
   const float t = row.threshold;
   row.entries.erase(std::remove_if(row.entries.begin(), row.entries.end(), [t](const Entry& e) { return e.key < t; }), row.entries.end());
 }
@@ -116,9 +157,8 @@ inline void look_through(Row& row, long k, float* __restrict z, long n, long fir
   if (c != nullptr)
     for (long j = 0; j < n; ++j) keys[j] = z[j] * c[j];
   const float* key = c == nullptr ? z : keys;
-  if (k > 0 && first == 0 && row.threshold == -std::numeric_limits<float>::infinity())
-    row.threshold = std::nextafter(at_least(key, n, k), row.threshold);
-  const long most = std::max(4 * k, k + 64);
+  if (k > 0) raise(row, k, key, n, first);
+  const long most = std::max(8 * k, k + 64);
   const auto add = [&](long j) {
     row.entries.push_back({key[j], z[j], int32_t(first + j)});
     if (k > 0 && long(row.entries.size()) >= most) keep_largest(row, k);
@@ -133,7 +173,7 @@ inline void look_through(Row& row, long k, float* __restrict z, long n, long fir
           if (key[i] > theta[i]) add(i);
     }
   } else if (k > 0) {
-    scan<Than::not_less_or_equal>(key, n, row.threshold, add);
+    scan<Than::not_less>(key, n, row.threshold, add);
   } else {
     scan<Than::greater>(key, n, row.threshold, add);
   }

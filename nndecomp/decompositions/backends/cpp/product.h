@@ -4,9 +4,13 @@
 // added up over i in order, whatever tile it falls into: results depend on the two rows alone.
 #pragma once
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr long LANES = 16, TOKENS = 14;
@@ -17,11 +21,12 @@ constexpr long LANES = 4, TOKENS = 6;
 #endif
 constexpr long FEATURES = 2 * LANES;  // of a tile
 
-// Memory for n floats, aligned for Lanes. What is in it is nobody's.
-class Floats {
+// Memory for n numbers, aligned for Lanes. What is in it is nobody's.
+template <typename Number>
+class Memory {
  public:
-  explicit Floats(long n) : memory(std::aligned_alloc(64, (sizeof(float) * n + 63) / 64 * 64), std::free) {}
-  float* get() const { return static_cast<float*>(memory.get()); }
+  explicit Memory(long n) : memory(std::aligned_alloc(64, (sizeof(Number) * n + 63) / 64 * 64), std::free) {}
+  Number* get() const { return static_cast<Number*>(memory.get()); }
 
  private:
   std::unique_ptr<void, decltype(&std::free)> memory;
@@ -56,4 +61,49 @@ inline void tile(const float* x, const float* W, long d, float* out, long stride
     }
   }
   for (long t = 0; t < TOKENS; ++t) std::memcpy(out + t * stride, sum[t], sizeof sum[t]);
+}
+
+// The same of whole numbers in 8 bits, four steps of the sum at a time: x from 0 to 255, W from -128 to 127.
+constexpr long BYTES = 4;
+
+// Rows first .. first + WIDTH - 1 of q [n, d], zeros where there are none, plus `shift`, as packed [ceil(d / BYTES), WIDTH, BYTES].
+template <long WIDTH>
+inline void pack(const int8_t* q, long n, long d, long first, int shift, int8_t* __restrict packed) {
+  const long steps = (d + BYTES - 1) / BYTES, there = std::min(WIDTH, n - first);
+  std::memset(packed, 0, steps * WIDTH * BYTES);
+  for (long r = 0; r < there; ++r) {
+    const int8_t* row = q + (first + r) * d;
+    for (long s = 0; s < d / BYTES; ++s) {
+      int32_t four;
+      std::memcpy(&four, row + s * BYTES, BYTES);
+      four ^= shift;
+      std::memcpy(packed + (s * WIDTH + r) * BYTES, &four, BYTES);
+    }
+    for (long i = d / BYTES * BYTES; i < d; ++i) packed[((steps - 1) * WIDTH + r) * BYTES + i % BYTES] = int8_t(row[i] ^ (shift & 0xff));
+  }
+}
+
+inline void tile(const uint8_t* x, const int8_t* W, long steps, int32_t* out, long stride) {
+#ifdef __AVX512VNNI__
+  __m512i sum[TOKENS][2];
+  for (auto& of_token : sum) of_token[0] = of_token[1] = _mm512_setzero_si512();
+  for (long s = 0; s < steps; ++s, x += TOKENS * BYTES, W += FEATURES * BYTES) {
+    const __m512i low = _mm512_load_si512(W), high = _mm512_load_si512(W + LANES * BYTES);
+#pragma GCC unroll 16
+    for (long t = 0; t < TOKENS; ++t) {
+      int32_t four;
+      std::memcpy(&four, x + t * BYTES, BYTES);
+      const __m512i own = _mm512_set1_epi32(four);
+      sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], own, low);
+      sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], own, high);
+    }
+  }
+  for (long t = 0; t < TOKENS; ++t) std::memcpy(out + t * stride, sum[t], sizeof sum[t]);
+#else
+  for (long t = 0; t < TOKENS; ++t) std::memset(out + t * stride, 0, sizeof(int32_t) * FEATURES);
+  for (long s = 0; s < steps; ++s, x += TOKENS * BYTES, W += FEATURES * BYTES)
+    for (long t = 0; t < TOKENS; ++t)
+      for (long f = 0; f < FEATURES; ++f)
+        for (long i = 0; i < BYTES; ++i) out[t * stride + f] += int32_t(x[t * BYTES + i]) * int32_t(W[f * BYTES + i]);
+#endif
 }

@@ -1,4 +1,4 @@
-// Products in 8 bits, which say what an entry is at most, and in float32 what is left.
+// Products in 8 bits, which say what an entry is at most and at least, and in float32 those of entries that may be selected.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -7,11 +7,60 @@
 #include <vector>
 
 #include "entries.h"
+#include "product.h"
+#include "sums.h"
+
+namespace {
+
+constexpr float ROUNDING = 1.0f / (1 << 20);  // of a key, in float32: more than what its few sums can be wrong by
+
+// Exact z, and key, of the entries from `begin` on.
+void rescore(Row& row, long begin, const float* x, const float* W, long stride, const float* bias, const float* c, long d) {
+  dot_rows(
+      x, begin, long(row.entries.size()), d, [&](long s) { return W + row.entries[s].feature * stride; },
+      [&](long s, float product) {
+        Entry& entry = row.entries[s];
+        entry.z = product + bias[entry.feature];
+        entry.key = c == nullptr ? entry.z : entry.z * c[entry.feature];
+      });
+}
+
+// Those that are surely as large as any k first, then what they leave possible.
+void rescore_largest(Row& row, long k, const float* x, const float* W, long stride, const float* bias, const float* c, long d) {
+  auto& entries = row.entries;
+  if (long(entries.size()) > k) {
+    const auto by_least = [](const Entry& a, const Entry& b) { return a.key - a.z > b.key - b.z; };
+    std::nth_element(entries.begin(), entries.begin() + (k - 1), entries.end(), by_least);
+    std::vector<Entry> others(entries.begin() + k, entries.end());
+    entries.resize(k);
+    rescore(row, 0, x, W, stride, bias, c, d);
+    float smallest = std::numeric_limits<float>::infinity();
+    for (const auto& entry : entries) smallest = std::min(smallest, entry.key);
+    for (const auto& entry : others)
+      if (!(entry.key < smallest)) entries.push_back(entry);
+    rescore(row, k, x, W, stride, bias, c, d);
+  } else {
+    rescore(row, 0, x, W, stride, bias, c, d);
+  }
+}
+
+}  // namespace
 
 extern "C" {
 
-// Rows in 8 bits: q = round(x * fold / scale), scale = max |x * fold| / 127; norm = |x * fold|. fold is of columns.
-void quantise(const float* x, long stride, long n, long d, const float* fold, int8_t* q, float* scale, float* norm, int threads) {
+// Whether products in 8 bits are faster here than those in float32.
+int screening_pays() {
+#ifdef __AVX512VNNI__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Rows in 8 bits: q = round(x * fold / scale), scale = max |x * fold| / 127; norm = |x * fold|, error = |x * fold - q * scale|. fold is
+// of columns.
+void quantise(const float* x, long stride, long n, long d, const float* fold, int8_t* q, float* scale, float* norm, float* error,
+              int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (long r = 0; r < n; ++r) {
     const float* row = x + r * stride;
@@ -30,84 +79,153 @@ void quantise(const float* x, long stride, long n, long d, const float* fold, in
     std::memcpy(&size, &largest, sizeof size);
     scale[r] = size == 0 ? 1 : size / 127;
     norm[r] = std::sqrt(squares);
+    error[r] = 0;
     if (!(size < std::numeric_limits<float>::infinity())) continue;  // nobody uses rows that are not finite
-    const float by = 1 / scale[r];
+    const float by = 1 / scale[r], step = scale[r];
+    squares = 0;
     for (long i = 0; i < d; ++i) {
       // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number.
-      const float rounded = (row[i] * fold[i] * by + 12582912.0f);
+      const float v = row[i] * fold[i];
+      const float rounded = v * by + 12582912.0f;
       int32_t bits;
       std::memcpy(&bits, &rounded, sizeof bits);
       out[i] = int8_t(bits);
+      const float off = v - step * float(int8_t(bits));
+      squares += off * off;
     }
+    error[r] = std::sqrt(squares);
   }
 }
 
-// One block of features in 8 bits: product [rows, n] of quantised rows. With w_scale, w_norm of features, x_scale, x_norm of rows, an
-// entry's key is at most (w_scale (x_scale product + q x_norm) + q x_scale w_norm + bias) c, and less than that by at most
-// 2 q (w_scale x_norm + x_scale w_norm) c.
-void candidates_screen(void* handle, const int32_t* product, long n, long first, const float* bias, const float* c, const float* theta,
-                       const float* w_scale, const float* w_norm, const float* x_scale, const float* x_norm, float q, long first_row,
-                       long n_rows, int threads) {
+// Entries of z = x W^T + bias that may be selected: by products of rows in 8 bits, z c is x_scale W_scale (x q . W q) + bias, wrong by at
+// most x_a W_a + x_b W_b, times c. Returns how many there are; -1 if they are more than `many`, and not all there.
+long candidates_screen(void* handle, const int8_t* x, const float* x_scale, const float* x_a, const float* x_b, const int8_t* W,
+                       const float* W_scale, const float* W_a, const float* W_b, long n_features, long d, const float* bias,
+                       const float* c, const float* theta, long width, long many, int threads) {
   auto& found = *static_cast<Candidates*>(handle);
-  const long k = found.k;
-  const float widest_scale = *std::max_element(w_scale, w_scale + n), widest_norm = *std::max_element(w_norm, w_norm + n);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (long r = 0; r < n_rows; ++r) {
-    Row& row = found.rows[first_row + r];
-    if (row.most == 0) row.most = std::max(4 * k, k + 64);
-    const int32_t* p = product + r * n;
-    const float xs = x_scale[first_row + r], xq = q * x_norm[first_row + r], sq = q * xs;
-    thread_local std::vector<float> keys;
-    keys.resize(n);
-    float* key = keys.data();
-    for (long j = 0; j < n; ++j) key[j] = w_scale[j] * (xs * float(p[j]) + xq) + sq * w_norm[j] + bias[j];
-    if (c != nullptr) {
-      for (long j = 0; j < n; ++j) key[j] *= c[j];
-    } else if (k > 0 && first == 0 && row.threshold == -std::numeric_limits<float>::infinity()) {
-      row.threshold = at_least(key, n, k) - 2 * (widest_scale * xq + sq * widest_norm);
+  const long k = found.k, n_rows = long(found.rows.size()), n_tiles = (n_rows + TOKENS - 1) / TOKENS;
+  const long steps = (d + BYTES - 1) / BYTES;
+  width = (width + FEATURES - 1) / FEATURES * FEATURES;
+  const long n_blocks = (n_features + width - 1) / width;
+  found.expect(n_features);
+  const auto panels = [&](long block) {
+    return block < n_blocks ? (std::min(width, n_features - block * width) + FEATURES - 1) / FEATURES : 0;
+  };
+  const Memory<int8_t> tokens(n_tiles * TOKENS * steps * BYTES), even(width * steps * BYTES), odd(width * steps * BYTES);
+  std::vector<int32_t> shifts(n_blocks * width);  // what 128 more in every entry of x adds
+  const auto pack_panel = [&](long block, long panel) {
+    const long first = block * width + panel * FEATURES;
+    pack<FEATURES>(W, n_features, d, first, 0, (block % 2 ? odd : even).get() + panel * FEATURES * steps * BYTES);
+    for (long f = first; f < std::min(first + FEATURES, n_features); ++f) {
+      int32_t sum = 0;
+      for (long i = 0; i < d; ++i) sum += W[f * d + i];
+      shifts[f] = 128 * sum;
     }
-    const auto add = [&](long j) {
-      const float width = 2 * (w_scale[j] * xq + sq * w_norm[j]);
-      row.entries.push_back({key[j], c == nullptr ? width : width * c[j], int32_t(first + j)});
-      if (k > 0 && long(row.entries.size()) >= row.most) {
-        drop_hopeless(row, k);
-        row.most = std::max(row.most, 2 * long(row.entries.size()));
+  };
+  long n_found = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const Memory<int32_t> product(TOKENS * width);
+    std::vector<float> most(width), least(width);
+#pragma omp for schedule(static) nowait
+    for (long t = 0; t < n_tiles; ++t)
+      pack<TOKENS>(x, n_rows, d, t * TOKENS, int(0x80808080u), tokens.get() + t * TOKENS * steps * BYTES);
+#pragma omp for schedule(static)
+    for (long p = 0; p < panels(0); ++p) pack_panel(0, p);
+    for (long block = 0; block < n_blocks && n_found >= 0; ++block) {
+      const long first = block * width, n = std::min(width, n_features - first), n_ahead = panels(block + 1);
+      const int8_t* packed = (block % 2 ? odd : even).get();
+      const int32_t* shift = shifts.data() + first;
+      const float *ws = W_scale + first, *wa = W_a + first, *wb = W_b + first, *b = bias + first;
+#pragma omp for schedule(dynamic)
+      for (long task = 0; task < n_ahead + n_tiles; ++task) {
+        if (task < n_ahead) {
+          pack_panel(block + 1, task);
+          continue;
+        }
+        const long begin = (task - n_ahead) * TOKENS;
+        const auto* own = reinterpret_cast<const uint8_t*>(tokens.get() + begin * steps * BYTES);
+        for (long p = 0; p < n; p += FEATURES) tile(own, packed + p * steps * BYTES, steps, product.get() + p, width);
+        for (long r = begin; r < std::min(begin + TOKENS, n_rows); ++r) {
+          Row& row = found.rows[r];
+          const int32_t* __restrict sum = product.get() + (r - begin) * width;
+          const float xs = x_scale[r], xa = x_a[r], xb = x_b[r];
+          float *__restrict high = most.data(), *__restrict low = least.data();
+          for (long j = 0; j < n; ++j) {
+            const float z = float(sum[j] - shift[j]) * (xs * ws[j]) + b[j];
+            const float off = xa * wa[j] + xb * wb[j] + ROUNDING * std::fabs(z);
+            high[j] = z + off;
+            low[j] = z - off;
+          }
+          if (c != nullptr)
+            for (long j = 0; j < n; ++j) high[j] *= c[first + j], low[j] *= c[first + j];
+          if (k > 0) raise(row, k, low, n, first);
+          if (row.most == 0) row.most = std::max(8 * k, k + 64);
+          const auto add = [&](long j) {
+            row.entries.push_back({high[j], high[j] - low[j], int32_t(first + j)});
+            if (k > 0 && long(row.entries.size()) >= row.most) {
+              drop_hopeless(row, k);
+              row.most = std::max(row.most, 2 * long(row.entries.size()));
+            }
+          };
+          if (theta != nullptr) {
+            for (long j = 0; j < n; ++j)
+              if (!(high[j] < theta[first + j])) add(j);
+          } else {
+            scan<Than::not_less>(high, n, row.threshold, add);
+          }
+        }
       }
-    };
-    if (theta != nullptr) {
-      for (long j = 0; j < n; ++j)
-        if (!(key[j] < theta[j])) add(j);
-      continue;
+#pragma omp single
+      {
+        n_found = 0;
+        for (const auto& row : found.rows) n_found += long(row.entries.size());
+        if (n_found > 2 * many) n_found = -1;  // as many again may be dropped in the end
+      }
     }
-    scan<Than::not_less>(key, n, row.threshold, add);
   }
+  if (n_found < 0) return -1;
+  n_found = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : n_found)
+  for (long r = 0; r < n_rows; ++r) {
+    Row& row = found.rows[r];
+    if (k > 0) drop_hopeless(row, k);
+    n_found += long(row.entries.size());
+  }
+  return n_found > many ? -1 : n_found;
+}
+
+// Of all rows together, drops what cannot be among the n largest.
+void candidates_narrow(void* handle, long n) {
+  auto& found = *static_cast<Candidates*>(handle);
+  std::vector<float> least;
+  for (const auto& row : found.rows)
+    for (const auto& entry : row.entries) least.push_back(entry.key - entry.z);
+  if (long(least.size()) <= n) return;
+  std::nth_element(least.begin(), least.begin() + (n - 1), least.end(), [](float a, float b) { return a > b; });
+  const float t = least[n - 1];
+  for (auto& row : found.rows)
+    row.entries.erase(std::remove_if(row.entries.begin(), row.entries.end(), [t](const Entry& e) { return e.key < t; }),
+                      row.entries.end());
 }
 
 // Ends screening: keys and z in full precision. bias and c are of all features. Entries stay whose key exceeds `above`, or theta of
-// their feature; of rows of which k are asked, all. Returns how many entries there were.
-long candidates_rescore(void* handle, const float* x, long x_stride, const float* W, long W_stride, const float* bias, const float* c,
+// their feature; of rows of which k are asked, at least those.
+void candidates_rescore(void* handle, const float* x, long x_stride, const float* W, long W_stride, const float* bias, const float* c,
                         const float* theta, float above, long d, int threads) {
   auto& found = *static_cast<Candidates*>(handle);
-  long n = 0;
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) reduction(+ : n)
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
   for (long r = 0; r < long(found.rows.size()); ++r) {
     Row& row = found.rows[r];
-    if (found.k > 0) drop_hopeless(row, found.k);
-    n += long(row.entries.size());
-    const float* a = x + r * x_stride;
-    for (auto& entry : row.entries) {
-      const float* w = W + entry.feature * W_stride;
-      float sum = 0;
-      for (long i = 0; i < d; ++i) sum += a[i] * w[i];
-      entry.z = sum + bias[entry.feature];
-      entry.key = c == nullptr ? entry.z : entry.z * c[entry.feature];
+    if (found.k > 0) {
+      rescore_largest(row, found.k, x + r * x_stride, W, W_stride, bias, c, d);
+      continue;
     }
-    if (found.k > 0) continue;
+    rescore(row, 0, x + r * x_stride, W, W_stride, bias, c, d);
     row.entries.erase(std::remove_if(row.entries.begin(), row.entries.end(),
                                      [&](const Entry& e) { return !(e.key > (theta == nullptr ? above : theta[e.feature])); }),
                       row.entries.end());
   }
-  return n;
 }
 
 }  // extern "C"

@@ -18,18 +18,19 @@ void candidates_add(void* handle, const float* x, long x_stride, const float* W,
   auto& found = *static_cast<Candidates*>(handle);
   const long n_rows = long(found.rows.size()), n_tiles = (n_rows + TOKENS - 1) / TOKENS;
   width = (width + FEATURES - 1) / FEATURES * FEATURES;
+  found.expect(n_features);
   const long n_blocks = (n_features + width - 1) / width;
   const auto panels = [&](long block) {
     return block < n_blocks ? (std::min(width, n_features - block * width) + FEATURES - 1) / FEATURES : 0;
   };
-  const Floats tokens(n_tiles * TOKENS * d), even(width * d), odd(width * d);
+  const Memory<float> tokens(n_tiles * TOKENS * d), even(width * d), odd(width * d);
   const auto pack_panel = [&](long block, long panel) {
     float* packed = (block % 2 ? odd : even).get() + panel * FEATURES * d;
     pack<FEATURES>(W, W_stride, n_features, d, block * width + panel * FEATURES, packed);
   };
 #pragma omp parallel num_threads(threads)
   {
-    const Floats z(TOKENS * width);
+    const Memory<float> z(TOKENS * width);
     std::vector<float> keys(c == nullptr ? 0 : width);
 #pragma omp for schedule(static) nowait
     for (long t = 0; t < n_tiles; ++t) pack<TOKENS>(x, x_stride, n_rows, d, t * TOKENS, tokens.get() + t * TOKENS * d);

@@ -34,13 +34,9 @@ void dots(const float* rows, long row_stride, const float* table, long table_str
           long n_rows, long d, float* out, int threads) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
   for (long b = 0; b < n_rows; ++b) {
-    const float* x = rows + b * row_stride;
-    for (long s = offsets[b]; s < offsets[b + 1]; ++s) {
-      const float* w = table + indices[s] * table_stride;
-      float sum = 0;
-      for (long i = 0; i < d; ++i) sum += x[i] * w[i];
-      out[s] = sum;
-    }
+    dot_rows(
+        rows + b * row_stride, offsets[b], offsets[b + 1], d, [&](long s) { return table + indices[s] * table_stride; },
+        [&](long s, float product) { out[s] = product; });
   }
 }
 

@@ -19,3 +19,29 @@ inline void add_slots(const float* rows, long stride, const int64_t* tokens, con
     for (long i = 0; i < d; ++i) y[i] += v * x[i];
   }
 }
+
+// to(s, row(s) . x) for s = begin .. end - 1, four rows at a time.
+template <typename Row, typename To>
+inline void dot_rows(const float* x, long begin, long end, long d, const Row& row, const To& to) {
+  long s = begin;
+  for (; s + 4 <= end; s += 4) {
+    const float *w0 = row(s), *w1 = row(s + 1), *w2 = row(s + 2), *w3 = row(s + 3);
+    float y0 = 0, y1 = 0, y2 = 0, y3 = 0;
+    for (long i = 0; i < d; ++i) {
+      y0 += x[i] * w0[i];
+      y1 += x[i] * w1[i];
+      y2 += x[i] * w2[i];
+      y3 += x[i] * w3[i];
+    }
+    to(s, y0);
+    to(s + 1, y1);
+    to(s + 2, y2);
+    to(s + 3, y3);
+  }
+  for (; s < end; ++s) {
+    const float* w = row(s);
+    float y = 0;
+    for (long i = 0; i < d; ++i) y += x[i] * w[i];
+    to(s, y);
+  }
+}
