@@ -246,6 +246,72 @@ def test_entries_that_neither_have_a_code_nor_teach_are_left_out_without_a_trace
         )
 
 
+def awkward(name: str) -> Affine:
+    """Rows that 8 bits serve badly."""
+    of = affine(60, 37, 3000)
+    draw = torch.Generator().manual_seed(1)
+    match name:
+        case "one coordinate is large":
+            of.x[:, 5] *= 1000
+        case "features that hardly differ":
+            of.W[:] = of.W[0] + 1e-4 * torch.randn(of.W.shape, generator=draw)
+        case "large biases":
+            of.b[:] *= 1e4
+        case "heavy tails":
+            of.x[:] = of.x**5
+            of.W[:] = of.W**5
+        case "a token of zeros":
+            of.x[7] = 0
+        case other:
+            raise AssertionError(other)
+    return of
+
+
+@needs_native
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["one coordinate is large", "features that hardly differ", "large biases", "heavy tails", "a token of zeros"],
+)
+def test_by_certain_bounds_nothing_larger_is_ever_missed(name: str, scaled: bool):
+    of = awkward(name)
+    of = Affine(of.x, of.W, of.b, torch.linspace(0.1, 3, 3000) if scaled else None)
+    score = of.x.double() @ of.W.double().T + of.b.double()
+    score = score if of.c is None else score * of.c.double()
+    rounding = 1e-5 * score.abs().amax(1, keepdim=True)
+
+    chosen = mask(native.CERTAIN.topk(of, 20))
+    smallest = score.masked_fill(~chosen, torch.inf).amin(1, keepdim=True)
+    assert (chosen | (score <= smallest + rounding)).all()
+
+    chosen = mask(native.CERTAIN.batchtopk([of], 700)[0])
+    smallest = score[chosen].min()
+    assert int(chosen.sum()) == 700 and (chosen | (score <= smallest + rounding)).all()
+
+    threshold = score.quantile(0.99, dim=0).float()
+    chosen, margin = mask(native.CERTAIN.above(of, threshold)), rounding + 1e-5 * threshold.abs()
+    assert (chosen | (score <= threshold + margin)).all() and (~chosen | (score >= threshold - margin)).all()
+
+
+@needs_native
+@pytest.mark.parametrize("bound", [candidates.Bound.certain, candidates.Bound.likely], ids=lambda b: b.name)
+def test_where_8_bits_leave_too_much_all_is_done_in_float32(bound, monkeypatch):
+    """The same bits as without screening, whether it is seen before, among the blocks or after them."""
+    of = affine(70, 16, 2500)
+    screening = native.Native(bound)
+    for share in (1e-6, 0.013, 0.02):
+        monkeypatch.setattr(candidates, "_MANY", share)
+        pairs = [
+            (native.PLAIN.topk(of, 31), screening.topk(of, 31)),
+            (native.PLAIN.batchtopk([of], 2000)[0], screening.batchtopk([of], 2000)[0]),
+            (native.PLAIN.above(of, torch.full((2500,), 6.0)), screening.above(of, torch.full((2500,), 6.0))),
+        ]
+        for plain, found in pairs:
+            assert torch.equal(mask(plain), mask(found))
+            assert share > 0.015 or torch.equal(plain.values, found.values)
+            assert found.agreement == (1.0 if bound is candidates.Bound.likely else None)
+
+
 @needs_native
 @pytest.mark.parametrize("backend", [native.PLAIN, native.CERTAIN, native.LIKELY], ids=["plain", "certain", "likely"])
 def test_the_number_of_threads_changes_no_bit(backend: Backend):

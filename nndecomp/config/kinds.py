@@ -30,7 +30,9 @@ class BackendKind(Enum):
     auto = "auto"  # native on the CPU where it can be compiled, triton on CUDA where it is installed, else torch
     torch = "torch"
     native = "native"
-    native_int8 = "native_int8"  # native, with the encoder's products screened in 8 bits: faster still where the CPU is
+    native_int8 = (
+        "native_int8"  # native, with bounds of 8 bits that hold very likely, checked: faster still where the CPU is
+    )
     triton = "triton"
 
 

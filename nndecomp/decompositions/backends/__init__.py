@@ -2,7 +2,7 @@
 
     torch    pure PyTorch, on any device and in any precision; the reference of the others
     native   C++ on the CPU, float32, compiled for the machine on first use
-    native_int8   the same, but that the encoder's products are screened in 8 bits, and computed in float32 where it matters
+    native_int8   the same with a bound for what 8 bits can be wrong by that holds very likely, not always, and less to compute twice
     triton   kernels for CUDA
 
 All of them select the same entries and add up the same numbers, in other orders. The mathematics, with its gradients, stands once, in

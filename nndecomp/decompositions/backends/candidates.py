@@ -23,7 +23,7 @@ from nndecomp.decompositions.backends.interface import Affine
 from nndecomp.decompositions.support import Selected, Support
 
 # Of W, what is packed at once: it stays in the cache while it meets all tokens.
-PACKED = 3 << 17
+PACKED = 3 << 18
 _SIGMAS = 4.0
 # A product in float32 costs about three times what one in 8 bits does, and this share of it once more entry by entry as much again.
 _MANY = 0.06
@@ -62,15 +62,24 @@ class Candidates:
         )
         return found >= 0
 
-    def narrow(self, n: int) -> None:
-        """While screened: without what cannot be among the n largest of all tokens."""
-        library().candidates_narrow(self.handle, LONG(n))
+    def rescore(self, of: Affine) -> None:
+        """In float32, until at least k of every row are left."""
+        self._rescore(of)
 
-    def rescore(self, of: Affine, above: float = -inf, threshold: Float[Tensor, "feature"] | None = None) -> None:
-        """In float32. Where no k is asked for, entries stay whose z c exceeds `above`, or the threshold of their feature."""
+    def rescore_together(self, of: Affine, n: int, above: float) -> None:
+        """In float32, until at least n of all tokens together are left, or all that exceed `above`."""
+        self._rescore(of, n=n, above=above)
+
+    def rescore_above(self, of: Affine, threshold: Float[Tensor, "feature"]) -> None:
+        """In float32, and only what exceeds the threshold of its feature stays."""
+        self._rescore(of, threshold)
+
+    def _rescore(
+        self, of: Affine, threshold: Float[Tensor, "feature"] | None = None, n: int = 0, above: float = -inf
+    ) -> None:
         library().candidates_rescore(
-            *(self.handle, pointer(of.x), LONG(of.x.stride(0)), pointer(of.W), LONG(of.W.stride(0))),
-            *(pointer(of.b), pointer(of.c), pointer(threshold), FLOAT(above), LONG(of.x.shape[1]), threads()),
+            *(self.handle, LONG(n), FLOAT(above), pointer(of.x), LONG(of.x.stride(0)), pointer(of.W)),
+            *(LONG(of.W.stride(0)), pointer(of.b), pointer(of.c), pointer(threshold), LONG(of.x.shape[1]), threads()),
         )
 
     def append(self, part: "Candidates", base: int) -> None:
@@ -107,7 +116,7 @@ def many(n_tokens: int, n_features: int) -> int:
     return int(_MANY * n_tokens * n_features)
 
 
-def _width(of: Affine) -> LONG:
+def _width(of: Affine) -> ctypes.c_long:
     return LONG(max(256, min(1024, PACKED // of.x.shape[1])))
 
 

@@ -77,9 +77,8 @@ def library() -> ctypes.CDLL:
     assert obstacle() is None, obstacle()
     library = ctypes.CDLL(str(_library_path()))
     library.candidates_new.restype = ctypes.c_void_p
-    library.candidates_rescore.restype = ctypes.c_long
     library.row_squares.restype = ctypes.c_double
-    library.candidates_count.restype = ctypes.c_long
+    library.candidates_screen.restype = library.candidates_count.restype = ctypes.c_long
     library.candidates_keep.restype = ctypes.c_float
     return library
 

@@ -1,10 +1,11 @@
 """The hot path in C++ (cpp/), for float32 on the CPU.
 
-    encoder   in blocks of features, into one buffer that is used again; entries are selected while a block is in the cache,
-              so that no [token, feature] matrix is written or read
+    encoder   x and W are packed, and multiplied a tile at a time in registers; entries are selected while a tile is in the cache,
+              so that no [token, feature] matrix is written or read. Where the processor has products in 8 bits, by these first
+              (`candidates`): in float32 is computed what may be selected
     sums      over active entries alone, rows of columns' spans in place, without copies
 
-Compiled on first use for the machine at hand (a C++ compiler with OpenMP, two seconds) and kept in the user's cache directory. Where it
+Compiled on first use for the machine at hand (a C++ compiler with OpenMP, five seconds) and kept in the user's cache directory. Where it
 cannot be, that is said once and PyTorch's own operations take its place.
 """
 
@@ -33,10 +34,9 @@ class Native:
     """Where the threshold of a batch was is remembered for the next one. It saves work and changes nothing: a guess that turns out too
     high is given up, and all is computed again in the same blocks.
 
-    Products of the encoder go in 8 bits first where that is `pays`, or asked for; see `candidates`. By a certain bound that is what
-    float32 selects. By a likely one some tokens of every batch are looked through in float32, and if anything was missed there, the
-    whole batch is done in float32. So what is computed depends on the batch alone, also where so much would be left to compute once
-    more that all is.
+    bound: products of the encoder go in 8 bits first; null: in float32. By a certain bound no more is selected, and no less, than by
+    float32. By a likely one some tokens of every batch are looked through in float32, and if anything was missed there, the whole
+    batch is done in float32, as it is where 8 bits leave too much to compute once more. What is computed depends on the batch alone.
     """
 
     def __init__(self, bound: Bound | None) -> None:
@@ -96,8 +96,7 @@ class Native:
                     with candidates(n_tokens, 0, guess) as part:
                         if not part.screen(each, operands[i]):
                             return None
-                        part.narrow(n_slots)
-                        part.rescore(each, guess)
+                        part.rescore_together(each, n_slots, guess)
                         found.append(part, base)
                 if len(found) < n_slots and guess > 0:
                     guess = guess / 2 if guess > 1e-6 else 0.0
@@ -126,7 +125,7 @@ class Native:
         with candidates(len(of.x)) as found:
             if not found.screen(of, operands[0], threshold):
                 return self._unscreened(plain())[0]
-            found.rescore(of, threshold=threshold)
+            found.rescore_above(of, threshold)
             selected = found.selected(len(of.W))
         return self._checked([of], [selected], threshold[None], plain)[0]
 

@@ -94,33 +94,24 @@ inline void scan(const float* key, long n, const float& threshold, const Add& ad
     if (hit<than>(key[j], threshold)) add(j);
 }
 
-// Whole numbers in the order of floats, and back.
-inline int32_t ordered(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-inline float unordered(int32_t bits) {
-  bits ^= (bits >> 31) & 0x7fffffff;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// Nearly the largest number that k of `values` are not below; -infinity where there is none. What is not a number is none.
-inline float at_least(const std::vector<float>& values, long k) {
+// A number from `from` on that k of `values` are not below, and nearly the largest; -infinity while some are that.
+inline float at_least(const std::vector<float>& values, long k, float from) {
+  const float* v = values.data();
   const long n = long(values.size());
-  thread_local std::vector<int32_t> keys;
-  keys.resize(n);
-  for (long i = 0; i < n; ++i) keys[i] = ordered(values[i]);
-  int64_t low = ordered(-std::numeric_limits<float>::infinity()), high = ordered(std::numeric_limits<float>::infinity());
-  while (high - low > 1 << 12) {
-    const int32_t middle = int32_t((low + high) / 2);
+  float low = v[0], high = v[0];
+  for (long i = 0; i < n; ++i) {
+    low = v[i] < low ? v[i] : low;
+    high = v[i] > high ? v[i] : high;
+  }
+  if (!(low > -std::numeric_limits<float>::infinity() && high < std::numeric_limits<float>::infinity())) return from;
+  low = std::max(low, from);
+  for (int step = 0; step < 8; ++step) {
+    const float middle = 0.5f * low + 0.5f * high;
     int32_t above = 0;
-    for (long i = 0; i < n; ++i) above += keys[i] >= middle;
+    for (long i = 0; i < n; ++i) above += v[i] >= middle;
     (above >= k ? low : high) = middle;
   }
-  return unordered(int32_t(low));
+  return low;
 }
 
 // `least` [n] of features first .. first + n - 1: what their keys are at least. Raises the row's threshold by them.
@@ -134,18 +125,11 @@ inline void raise(Row& row, long k, const float* least, long n, long first) {
     for (long i = 0; i < length; ++i) largest[i] = own[i] > largest[i] ? own[i] : largest[i];
     j += length;
   }
-  row.threshold = std::max(row.threshold, at_least(row.maxima, k));
+  row.threshold = at_least(row.maxima, k, row.threshold);
 }
 
-// Drops what cannot be among the k largest: its key is at most less than what k others are at least.
-inline void drop_hopeless(Row& row, long k) {
-  if (long(row.entries.size()) > k) {
-    thread_local std::vector<float> least;
-    least.clear();
-    for (const auto& entry : row.entries) least.push_back(entry.key - entry.z);
-    std::nth_element(least.begin(), least.begin() + (k - 1), least.end(), [](float a, float b) { return a > b; });
-    row.threshold = std::max(row.threshold, least[k - 1]);
-  }
+// Drops what cannot be among the k largest.
+inline void drop_hopeless(Row& row) {
   const float t = row.threshold;
   row.entries.erase(std::remove_if(row.entries.begin(), row.entries.end(), [t](const Entry& e) { return e.key < t; }), row.entries.end());
 }

@@ -60,6 +60,7 @@ inline void tile(const float* x, const float* W, long d, float* out, long stride
       sum[t][1] += x[t] * high;
     }
   }
+#pragma GCC unroll 16
   for (long t = 0; t < TOKENS; ++t) std::memcpy(out + t * stride, sum[t], sizeof sum[t]);
 }
 
@@ -85,8 +86,8 @@ inline void pack(const int8_t* q, long n, long d, long first, int shift, int8_t*
 
 inline void tile(const uint8_t* x, const int8_t* W, long steps, int32_t* out, long stride) {
 #ifdef __AVX512VNNI__
-  __m512i sum[TOKENS][2];
-  for (auto& of_token : sum) of_token[0] = of_token[1] = _mm512_setzero_si512();
+  typedef int32_t Ints __attribute__((vector_size(64)));
+  Ints sum[TOKENS][2] = {};
   for (long s = 0; s < steps; ++s, x += TOKENS * BYTES, W += FEATURES * BYTES) {
     const __m512i low = _mm512_load_si512(W), high = _mm512_load_si512(W + LANES * BYTES);
 #pragma GCC unroll 16
@@ -94,10 +95,11 @@ inline void tile(const uint8_t* x, const int8_t* W, long steps, int32_t* out, lo
       int32_t four;
       std::memcpy(&four, x + t * BYTES, BYTES);
       const __m512i own = _mm512_set1_epi32(four);
-      sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], own, low);
-      sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], own, high);
+      sum[t][0] = (Ints)_mm512_dpbusd_epi32((__m512i)sum[t][0], own, low);
+      sum[t][1] = (Ints)_mm512_dpbusd_epi32((__m512i)sum[t][1], own, high);
     }
   }
+#pragma GCC unroll 16
   for (long t = 0; t < TOKENS; ++t) std::memcpy(out + t * stride, sum[t], sizeof sum[t]);
 #else
   for (long t = 0; t < TOKENS; ++t) std::memset(out + t * stride, 0, sizeof(int32_t) * FEATURES);

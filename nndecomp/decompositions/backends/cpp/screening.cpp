@@ -14,33 +14,91 @@ namespace {
 
 constexpr float ROUNDING = 1.0f / (1 << 20);  // of a key, in float32: more than what its few sums can be wrong by
 
-// Exact z, and key, of the entries from `begin` on.
-void rescore(Row& row, long begin, const float* x, const float* W, long stride, const float* bias, const float* c, long d) {
-  dot_rows(
-      x, begin, long(row.entries.size()), d, [&](long s) { return W + row.entries[s].feature * stride; },
-      [&](long s, float product) {
-        Entry& entry = row.entries[s];
-        entry.z = product + bias[entry.feature];
-        entry.key = c == nullptr ? entry.z : entry.z * c[entry.feature];
-      });
+struct Group {
+  const float* W;
+  long stride;
+  const float *bias, *c;
+  long d;
+
+  // Exact z, and key, of a row's entries from `begin` on.
+  void rescore(Row& row, long begin, const float* x) const {
+    dot_rows(
+        x, begin, long(row.entries.size()), d, [&](long s) { return W + row.entries[s].feature * stride; },
+        [&](long s, float product) {
+          Entry& entry = row.entries[s];
+          entry.z = product + bias[entry.feature];
+          entry.key = c == nullptr ? entry.z : entry.z * c[entry.feature];
+        });
+  }
+};
+
+inline float least(const Entry& entry) { return entry.key - entry.z; }
+
+inline void drop_below(std::vector<Entry>& entries, float t) {
+  entries.erase(std::remove_if(entries.begin(), entries.end(), [t](const Entry& e) { return e.key < t; }), entries.end());
+}
+
+// Drops what is below `sure`, and leaves what is not. What may be either is returned.
+std::vector<Entry> set_aside(std::vector<Entry>& entries, float sure) {
+  drop_below(entries, sure);
+  const auto end = std::stable_partition(entries.begin(), entries.end(), [sure](const Entry& e) { return !(least(e) < sure); });
+  std::vector<Entry> others(end, entries.end());
+  entries.erase(end, entries.end());
+  return others;
+}
+
+float smallest_key(const std::vector<Entry>& entries) {
+  float smallest = std::numeric_limits<float>::infinity();
+  for (const auto& entry : entries) smallest = std::min(smallest, entry.key);
+  return smallest;
+}
+
+// The n-th largest of what entries are at least; -infinity if there are no more than n.
+float nth_least(std::vector<float>& values, long n) {
+  if (long(values.size()) <= n) return -std::numeric_limits<float>::infinity();
+  std::nth_element(values.begin(), values.begin() + (n - 1), values.end(), [](float a, float b) { return a > b; });
+  return values[n - 1];
 }
 
 // Those that are surely as large as any k first, then what they leave possible.
-void rescore_largest(Row& row, long k, const float* x, const float* W, long stride, const float* bias, const float* c, long d) {
-  auto& entries = row.entries;
-  if (long(entries.size()) > k) {
-    const auto by_least = [](const Entry& a, const Entry& b) { return a.key - a.z > b.key - b.z; };
-    std::nth_element(entries.begin(), entries.begin() + (k - 1), entries.end(), by_least);
-    std::vector<Entry> others(entries.begin() + k, entries.end());
-    entries.resize(k);
-    rescore(row, 0, x, W, stride, bias, c, d);
-    float smallest = std::numeric_limits<float>::infinity();
-    for (const auto& entry : entries) smallest = std::min(smallest, entry.key);
-    for (const auto& entry : others)
-      if (!(entry.key < smallest)) entries.push_back(entry);
-    rescore(row, k, x, W, stride, bias, c, d);
-  } else {
-    rescore(row, 0, x, W, stride, bias, c, d);
+void rescore_largest(Row& row, long k, const Group& group, const float* x) {
+  thread_local std::vector<float> values;
+  values.clear();
+  for (const auto& entry : row.entries) values.push_back(least(entry));
+  auto others = set_aside(row.entries, nth_least(values, k));
+  const long n_sure = long(row.entries.size());
+  group.rescore(row, 0, x);
+  drop_below(others, n_sure < k ? -std::numeric_limits<float>::infinity() : smallest_key(row.entries));
+  row.entries.insert(row.entries.end(), others.begin(), others.end());
+  group.rescore(row, n_sure, x);
+}
+
+// The same of n of all rows together, and nothing that does not exceed `above`.
+void rescore_largest(std::vector<Row>& rows, long n, float above, const Group& group, const float* x, long x_stride, int threads) {
+  std::vector<float> values;
+  for (const auto& row : rows)
+    for (const auto& entry : row.entries) values.push_back(least(entry));
+  const float sure = nth_least(values, n);
+  const long n_rows = long(rows.size());
+  std::vector<std::vector<Entry>> others(n_rows);
+  float smallest = std::numeric_limits<float>::infinity();
+  long n_sure = 0;
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) reduction(min : smallest) reduction(+ : n_sure)
+  for (long r = 0; r < n_rows; ++r) {
+    others[r] = set_aside(rows[r].entries, sure);
+    n_sure += long(rows[r].entries.size());
+    group.rescore(rows[r], 0, x + r * x_stride);
+    smallest = std::min(smallest, smallest_key(rows[r].entries));
+  }
+  if (n_sure < n) smallest = -std::numeric_limits<float>::infinity();
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
+  for (long r = 0; r < n_rows; ++r) {
+    auto& entries = rows[r].entries;
+    const long begin = long(entries.size());
+    drop_below(others[r], smallest);
+    entries.insert(entries.end(), others[r].begin(), others[r].end());
+    group.rescore(rows[r], begin, x + r * x_stride);
+    entries.erase(std::remove_if(entries.begin(), entries.end(), [above](const Entry& e) { return !(e.key > above); }), entries.end());
   }
 }
 
@@ -164,7 +222,7 @@ long candidates_screen(void* handle, const int8_t* x, const float* x_scale, cons
           const auto add = [&](long j) {
             row.entries.push_back({high[j], high[j] - low[j], int32_t(first + j)});
             if (k > 0 && long(row.entries.size()) >= row.most) {
-              drop_hopeless(row, k);
+              drop_hopeless(row);
               row.most = std::max(row.most, 2 * long(row.entries.size()));
             }
           };
@@ -189,42 +247,33 @@ long candidates_screen(void* handle, const int8_t* x, const float* x_scale, cons
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : n_found)
   for (long r = 0; r < n_rows; ++r) {
     Row& row = found.rows[r];
-    if (k > 0) drop_hopeless(row, k);
+    if (k > 0) drop_hopeless(row);
     n_found += long(row.entries.size());
   }
   return n_found > many ? -1 : n_found;
 }
 
-// Of all rows together, drops what cannot be among the n largest.
-void candidates_narrow(void* handle, long n) {
+// Ends screening: keys and z in full precision. bias and c are of all features. Where k of each row, or n of all rows together (0: not),
+// are asked for, at least those stay, of the n those that exceed `above`; otherwise entries whose key exceeds theta of their feature.
+void candidates_rescore(void* handle, long n, float above, const float* x, long x_stride, const float* W, long W_stride, const float* bias,
+                        const float* c, const float* theta, long d, int threads) {
   auto& found = *static_cast<Candidates*>(handle);
-  std::vector<float> least;
-  for (const auto& row : found.rows)
-    for (const auto& entry : row.entries) least.push_back(entry.key - entry.z);
-  if (long(least.size()) <= n) return;
-  std::nth_element(least.begin(), least.begin() + (n - 1), least.end(), [](float a, float b) { return a > b; });
-  const float t = least[n - 1];
-  for (auto& row : found.rows)
-    row.entries.erase(std::remove_if(row.entries.begin(), row.entries.end(), [t](const Entry& e) { return e.key < t; }),
-                      row.entries.end());
-}
-
-// Ends screening: keys and z in full precision. bias and c are of all features. Entries stay whose key exceeds `above`, or theta of
-// their feature; of rows of which k are asked, at least those.
-void candidates_rescore(void* handle, const float* x, long x_stride, const float* W, long W_stride, const float* bias, const float* c,
-                        const float* theta, float above, long d, int threads) {
-  auto& found = *static_cast<Candidates*>(handle);
+  const Group group{W, W_stride, bias, c, d};
+  if (n > 0) {
+    rescore_largest(found.rows, n, above, group, x, x_stride, threads);
+    return;
+  }
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
   for (long r = 0; r < long(found.rows.size()); ++r) {
     Row& row = found.rows[r];
     if (found.k > 0) {
-      rescore_largest(row, found.k, x + r * x_stride, W, W_stride, bias, c, d);
+      rescore_largest(row, found.k, group, x + r * x_stride);
       continue;
     }
-    rescore(row, 0, x + r * x_stride, W, W_stride, bias, c, d);
-    row.entries.erase(std::remove_if(row.entries.begin(), row.entries.end(),
-                                     [&](const Entry& e) { return !(e.key > (theta == nullptr ? above : theta[e.feature])); }),
-                      row.entries.end());
+    group.rescore(row, 0, x + r * x_stride);
+    row.entries.erase(
+        std::remove_if(row.entries.begin(), row.entries.end(), [&](const Entry& e) { return !(e.key > theta[e.feature]); }),
+        row.entries.end());
   }
 }
 
