@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from decomposition_parts import ACTIVATIONS, ARCHITECTURES, objective, planted
+from decomposition_parts import ACTIVATIONS, ARCHITECTURES, GLU, objective, planted
 from torch import Tensor
 
 from nndecomp.config.schema import Activation, BackendKind, CodeNormalisation, JumpReluGradient, Penalty, Scope
@@ -212,6 +212,10 @@ def test_native_losses_and_gradients_are_those_of_torch(architecture, scope, act
 L1 = {"penalty": Penalty.l1, "penalty_coefficient": 0.1, "penalty_normalisation": CodeNormalisation.sae}
 RELU, GATED = ({**ACTIVATIONS[name], **L1} for name in ("relu", "gated"))
 JUMP = {**ACTIVATIONS["jumprelu"], "penalty": Penalty.l0, "penalty_coefficient": 0.1}
+POINTWISE_ARCHITECTURES = {
+    name: ARCHITECTURES[name]
+    for name in ("sae", "per_layer_transcoder", "skip_cross_layer_transcoder", "decoupled_crosscoder")
+} | {"glu": ARCHITECTURES["per_layer_transcoder"] | GLU}
 POINTWISE = {
     "relu": RELU,
     "tanh": {**RELU, "penalty": Penalty.tanh},
@@ -227,11 +231,11 @@ POINTWISE = {
     "backend", [BackendKind.torch, pytest.param(BackendKind.native, marks=needs_native)], ids=lambda b: b.value
 )
 @pytest.mark.parametrize("settings", POINTWISE.values(), ids=POINTWISE)
-@pytest.mark.parametrize("architecture", ["sae", "per_layer_transcoder", "skip_cross_layer_transcoder"])
+@pytest.mark.parametrize("architecture", POINTWISE_ARCHITECTURES)
 def test_entries_that_neither_have_a_code_nor_teach_are_left_out_without_a_trace(
     architecture, settings, backend, monkeypatch
 ):
-    settings = ARCHITECTURES[architecture] | settings
+    settings = POINTWISE_ARCHITECTURES[architecture] | settings
     monkeypatch.setattr(encoding, "_MANY", 10**9)
     loss, grads = gradients(backend, **settings)
     monkeypatch.setattr(encoding, "_MANY", 1)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from decomposition_parts import ACTIVATIONS, ARCHITECTURES, GLU, F, objective, planted
+from decomposition_parts import ACTIVATIONS, ARCHITECTURES, GLU, PURSUIT, F, objective, planted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -151,7 +151,7 @@ SELECTING = [
     for architecture in ("sae", "per_layer_transcoder", "cross_layer_transcoder", "decoupled_crosscoder", "glu")
     for activation in ("topk", "abs_topk", "batchtopk")
     for scope in (Scope.group, Scope.all)
-]
+] + [(architecture, "matching_pursuit", Scope.group) for architecture in ("sae", "causal_crosscoder")]
 
 
 @pytest.mark.parametrize(("architecture", "activation", "scope"), SELECTING)
@@ -159,7 +159,7 @@ def test_a_step_in_blocks_is_a_step_and_holds_no_matrix_of_tokens_and_features(
     architecture, activation, scope, monkeypatch
 ):
     wiring = ARCHITECTURES["per_layer_transcoder"] | GLU if architecture == "glu" else ARCHITECTURES[architecture]
-    settings = wiring | ACTIVATIONS[activation] | {"scope": scope, "n_features": WIDE}
+    settings = wiring | (ACTIVATIONS | PURSUIT)[activation] | {"scope": scope, "n_features": WIDE}
     loss, grads, whole = step(BackendKind.torch, **settings)
     monkeypatch.setattr(selection, "BLOCK", SMALL)
     same_loss, same_grads, in_parts = step(BackendKind.torch, **settings)

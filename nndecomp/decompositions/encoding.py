@@ -9,16 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nndecomp.decompositions import backends, kernels, pursuit
+from nndecomp.decompositions import backends, pursuit
 from nndecomp.decompositions.activation_base import ActivationFunction, Pointwise, Ranking
 from nndecomp.decompositions.activation_pointwise import Gated
 from nndecomp.decompositions.backends.interface import Affine
-from nndecomp.decompositions.backends.pure import pre_and_score
 from nndecomp.decompositions.codes import Codes, DenseCodes, Encoding, GroupCodes, Scales, SparseCodes, like
 from nndecomp.decompositions.encoders import LinearEncoder
 from nndecomp.decompositions.group import Group
 from nndecomp.decompositions.pursuit import MatchingPursuit
-from nndecomp.decompositions.selection import Found, blocks, split
+from nndecomp.decompositions.selection import Above, Competition, Found, blocks, split
 from nndecomp.decompositions.support import Selected, Support, split_slots
 
 # Entries are listed where less than this share of them counts: beyond, dense products cost less. It is looked up on _SAMPLE tokens or
@@ -67,7 +66,7 @@ def _pointwise(
     inputs: Inputs,
     groups: Sequence[int],
     scales: Scales,
-    near: list[Selected] | None,
+    near: list[Selected] | list[Found] | None,
 ) -> Encoding:
     """Of the entries that are `near`, or of all."""
     pres: list[GroupCodes]
@@ -92,23 +91,27 @@ def _near(
     groups: Sequence[int],
     scales: Scales,
     learns: bool,
-) -> list[Selected] | None:
+) -> list[Selected] | list[Found] | None:
     """The entries that have a code or teach anything, where they are few: then the rest need not be computed with. Null where it
     is not so, which some of the tokens tell: a function of the batch alone, so that a resumed run decides alike. On a GPU their
     number would have to be asked for, and the whole matrix is cheap."""
-    if len(inputs[0]) < _MANY or inputs[0].device.type != "cpu" or not _apart(banks):
+    n_tokens = len(inputs[0])
+    if n_tokens < _MANY or inputs[0].device.type != "cpu":
         return None
-    found = []
+    scales = scales if activation.scaled else [None] * len(banks)
+    floors = []
     for bank, x, g, c in zip(banks, inputs, groups, scales, strict=True):
         floor = activation.floor(g, learns)
         if floor is None:
             return None
-        of = Affine(x, bank.W_enc, bank.b_enc, c if activation.scaled else None)
-        some = pre_and_score(replace(of, x=x[:: len(x) // _SAMPLE]))[1] > floor
-        if float(some.float().mean()) > _DENSE:
+        some = bank.pre_activations(x[:: n_tokens // _SAMPLE])
+        if float(((some if c is None else some * c) > floor).float().mean()) > _DENSE:
             return None
-        found.append((of, floor))
-    return [backends.of(of.W).above(of, floor.to(of.W)) for of, floor in found]
+        floors.append(floor.to(bank.W_enc))
+    if not _apart(banks):
+        return _found(banks, inputs, scales, [Above(n_tokens, floor) for floor in floors])
+    each = zip(_affine(banks, inputs, scales), floors, strict=True)
+    return [backends.of(of.W).above(of, floor) for of, floor in each]
 
 
 def _apart(banks: Sequence[Group]) -> bool:
@@ -117,71 +120,70 @@ def _apart(banks: Sequence[Group]) -> bool:
     return len(set(map(id, encoders))) == len(banks) and all(type(encoder) is LinearEncoder for encoder in encoders)
 
 
-def _active(bank: Group, x: Float[Tensor, "token d_read"], own: Selected) -> SparseCodes:
-    return SparseCodes(kernels.active_pre(x, bank.W_enc, bank.b_enc, own), own.support)
+def _affine(banks: Sequence[Group], inputs: Inputs, scales: Scales) -> list[Affine]:
+    each = zip(inputs, banks, scales, strict=True)
+    return [Affine(x, bank.W_enc, bank.b_enc, c) for x, bank, c in each]
+
+
+def _active(bank: Group, x: Float[Tensor, "token d_read"], own: Selected | Found) -> SparseCodes:
+    """Pre-activations of what is active; gradients reach no others."""
+    found = Found(own.support, (own.values,)) if isinstance(own, Selected) else own
+    return SparseCodes(bank.linear_encoder.at(x, found), found.support)
 
 
 def _ranked(
     activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
 ) -> Encoding:
     found = _selected(activation, banks, inputs, groups, scales)
-    if found is not None:
-        codes = [_active(bank, x, own) for bank, x, own in zip(banks, inputs, found, strict=True)]
-        clipped = Codes(tuple(replace(own, values=own.values.relu()) for own in codes))
-        return Encoding(clipped, scales, None, agreement=_agreement(found))
-    codes = []
-    for bank, x, own in zip(banks, inputs, _competed(activation, banks, inputs, groups, scales), strict=True):
-        values = bank.linear_encoder.at(x, own)
+    codes = [_active(bank, x, own) for bank, x, own in zip(banks, inputs, found, strict=True)]
+    if not activation.signed:
         # A negative pre-activation among the k largest becomes 0, which is not active.
-        codes.append(SparseCodes(values if activation.signed else values.relu(), own.support))
-    return Encoding(Codes(tuple(codes)), scales, None)
-
-
-@torch.no_grad()
-def _competed(
-    activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
-) -> list[Found]:
-    """What is active, of encoders of any kind: a block of features at a time, computed once for banks that share an encoder."""
-    n_tokens, widths = len(inputs[0]), [bank.n_features for bank in banks]
-    if activation.together:
-        assert len(groups) == len(activation.k), f"groups {groups} compete with all {len(activation.k)}"
-        competitions = [activation.competition(n_tokens, sum(widths), groups)] * len(banks)
-        bases = [0, *accumulate(widths)]
-    else:
-        each = zip(groups, widths, strict=True)
-        competitions = [activation.competition(n_tokens, width, [group]) for group, width in each]
-        bases = [0] * len(banks)
-    sharing: dict[int, list[int]] = {}
-    for i, bank in enumerate(banks):
-        sharing.setdefault(id(bank.encoder), []).append(i)
-    for first, *others in sharing.values():
-        encoder = banks[first].linear_encoder
-        for own in blocks(n_tokens, widths[first]):
-            maps = encoder.affine(inputs[first], own)
-            pre = encoder.combine(*maps)
-            for i in (first, *others):
-                c = scales[i]
-                competitions[i].add(bases[i] + own.start, pre if c is None else pre * c[own], maps)
-    if activation.together:
-        return split(competitions[0].found(), widths)
-    return [each.found() for each in competitions]
-
-
-def _agreement(found: Sequence[Selected]) -> float | None:
-    """Mean over groups; null where nothing was screened."""
-    shares = [own.agreement for own in found if own.agreement is not None]
-    return sum(shares) / len(shares) if shares else None
+        codes = [replace(own, values=own.values.relu()) for own in codes]
+    return Encoding(Codes(tuple(codes)), scales, None, agreement=_agreement(found))
 
 
 @torch.no_grad()
 def _selected(
     activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
-) -> list[Selected] | None:
-    """What is active, where every group has an affine encoder of its own and the backend can select."""
-    if not _apart(banks):
-        return None
-    each = zip(inputs, banks, scales, strict=True)
-    return activation.select([Affine(x, bank.W_enc, bank.b_enc, c) for x, bank, c in each], groups)
+) -> list[Selected] | list[Found]:
+    """What is active, by the backend where every group has an affine encoder of its own and the backend can select."""
+    found = activation.select(_affine(banks, inputs, scales), groups) if _apart(banks) else None
+    if found is not None:
+        return found
+    n_tokens, widths = len(inputs[0]), [bank.n_features for bank in banks]
+    if activation.together:
+        assert len(groups) == len(activation.k), f"groups {groups} compete with all {len(activation.k)}"
+        all_of_them = activation.competition(n_tokens, sum(widths), groups)
+        (together,) = _found(banks, inputs, scales, [all_of_them])
+        return split(together, widths)
+    each = zip(groups, widths, strict=True)
+    return _found(banks, inputs, scales, [activation.competition(n_tokens, width, [group]) for group, width in each])
+
+
+def _found(banks: Sequence[Group], inputs: Inputs, scales: Scales, competitions: Sequence[Competition]) -> list[Found]:
+    """Of each group's competition, or of one that all groups share, their features side by side: by encoders of any kind, a block of
+    features at a time, which is computed once for groups that share an encoder."""
+    widths = [bank.n_features for bank in banks]
+    bases = [0] * len(banks) if len(competitions) == len(banks) else [0, *accumulate(widths)]
+    sharing: dict[int, list[int]] = {}
+    for i, bank in enumerate(banks):
+        sharing.setdefault(id(bank.encoder), []).append(i)
+    for own in sharing.values():
+        x, encoder = inputs[own[0]], banks[own[0]].linear_encoder
+        for some in blocks(len(x), widths[own[0]]):
+            maps = encoder.affine(x, some)
+            pre = encoder.combine(*maps)
+            for i in own:
+                c = scales[i]
+                competition = competitions[i % len(competitions)]
+                competition.add(bases[i] + some.start, pre if c is None else pre * c[some], maps)
+    return [each.found() for each in competitions]
+
+
+def _agreement(found: Sequence[Selected] | Sequence[Found]) -> float | None:
+    """Mean over groups; null where nothing was screened."""
+    shares = [own.agreement for own in found if isinstance(own, Selected) and own.agreement is not None]
+    return sum(shares) / len(shares) if shares else None
 
 
 def _pursued(

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nndecomp.decompositions.activation_base import Selecting
+from nndecomp.decompositions.selection import blocks
 
 
 class MatchingPursuit(Selecting):
@@ -59,14 +60,13 @@ def _codes(
 
 
 def _take(x: Float[Tensor, "token d"], D: Float[Tensor, "feature d"], k: int) -> Int[Tensor, "token k"]:
-    """One dense product [token, feature] for each feature that is taken."""
+    """For each feature that is taken one dense product of all tokens and features, a block of features at a time."""
     taken = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
     rows, gram = x.new_zeros(len(x), k, x.shape[1]), x.new_zeros(len(x), k, k)
     correlation, weights = x.new_zeros(len(x), k), x.new_zeros(len(x), 0)
     residual = x
     for n in range(k):
-        remaining = (residual @ D.T).scatter_(1, taken[:, :n], -torch.inf)
-        taken[:, n] = remaining.argmax(1)
+        taken[:, n] = _best(residual, D, taken[:, :n])
         rows[:, n] = D[taken[:, n]]
         correlation[:, n] = (rows[:, n] * x).sum(1)
         with_new = (rows[:, : n + 1] @ rows[:, n, :, None]).squeeze(2)
@@ -74,6 +74,21 @@ def _take(x: Float[Tensor, "token d"], D: Float[Tensor, "feature d"], k: int) ->
         weights = _step(weights, gram[:, : n + 1, : n + 1], correlation[:, : n + 1])
         residual = x - (weights[:, None] @ rows[:, : n + 1]).squeeze(1)
     return taken
+
+
+def _best(
+    residual: Float[Tensor, "token d"], D: Float[Tensor, "feature d"], taken: Int[Tensor, "token before"]
+) -> Int[Tensor, "token"]:
+    """argmax of residual . d_i over features i that have not been taken."""
+    best, largest = taken.new_zeros(len(residual)), residual.new_full((len(residual),), -torch.inf)
+    for own in blocks(len(residual), len(D)):
+        product = residual @ D[own].T
+        tokens, order = ((taken >= own.start) & (taken < own.stop)).nonzero(as_tuple=True)
+        product[tokens, taken[tokens, order] - own.start] = -torch.inf
+        value, feature = product.max(1)
+        better = ~(value <= largest)  # what is not a number is taken, and seen
+        best, largest = torch.where(better, feature + own.start, best), torch.where(better, value, largest)
+    return best
 
 
 def _step(
