@@ -1,12 +1,15 @@
 """What tests of the harness share: a small random target, and experiments as command lines."""
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from nndecomp.targets.llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, save
 from nndecomp.tokens.tokenizer import train_tokenizer
@@ -63,3 +66,30 @@ if __name__ == "__main__":
     main()
 ''')
     return path
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Every number that training left, without what depends on the machine's speed, and without the state of Python's own
+    generator, from which training draws nothing, but libraries do as they are imported."""
+    (path,) = out.glob("checkpoint/*/state.pt")
+    state = torch.load(path, weights_only=True)
+    state["random"].pop("python")
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "files": sorted(str(file.relative_to(out)) for file in out.rglob("*")),
+        "state": plain(state),
+        "weights": [file.read_bytes() for file in sorted(out.rglob("*.safetensors"))],
+        "log": [{key: value for key, value in row.items() if key != "timing"} for row in log],
+    }
+
+
+def plain(tree: Any) -> Any:
+    match tree:
+        case dict():
+            return {key: plain(value) for key, value in tree.items()}
+        case list() | tuple():
+            return [plain(value) for value in tree]
+        case Tensor():
+            return str(tree.dtype), tree.tolist()
+        case _:
+            return tree

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pandas
 import pytest
-from experiment_parts import EXPERIMENTS, REPO, Finished, start
+from experiment_parts import EXPERIMENTS, REPO, Finished, contents, start
 from nbclient import NotebookClient
 
 from nndecomp.evaluation.rows import read_rows
@@ -226,3 +226,14 @@ def test_a_sweep_in_processes_of_its_own_feeds_the_pareto_plot(out: Path):
     result = smoke(PARETO, out / "of_local", f"runs=[{out / 'local'}]")
     assert result.status == 0, result.err
     assert {8.0, 16.0} <= set(read_rows(out / "of_local" / "rows.parquet").k)
+
+
+def test_jobs_of_a_command_that_share_a_stream_leave_what_each_leaves_by_itself(sweep: Path, out: Path):
+    layers = ["decomposition.layers=[1],[2]", "training.share_stream=true"]
+    result = smoke(SWEEP, out / "shared", *NARROW, *layers)
+    assert result.status == 0, result.err
+    jobs = [f"decomposition.k=8,decomposition.layers=[{layer}]" for layer in (1, 2)]
+    assert "stream 1 of 1, shared by 2 of 2 jobs" in (out / "shared" / jobs[0] / "run.log").read_text() + result.err
+    for job in jobs:
+        assert contents(out / "shared" / job) == contents(sweep / job)
+        assert (out / "shared" / job / "scores.json").read_text() == (sweep / job / "scores.json").read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from experiment_parts import contents
 from torch import Tensor
 
 from nndecomp import build, run
@@ -48,33 +48,6 @@ def jobs(at: Path, *settings: str) -> list[build.Job]:
 def alone(each: build.Job) -> None:
     set_seed(each.cfg.seed)
     build.trained(each.cfg, build.target(each.cfg), each.out)
-
-
-def contents(out: Path) -> dict[str, Any]:
-    """Every number that training left, without what depends on the machine's speed, and without the state of Python's own
-    generator, from which training draws nothing, but libraries do as they are imported."""
-    (path,) = out.glob("checkpoint/*/state.pt")
-    state = torch.load(path, weights_only=True)
-    state["random"].pop("python")
-    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "files": sorted(str(file.relative_to(out)) for file in out.rglob("*")),
-        "state": plain(state),
-        "weights": [file.read_bytes() for file in sorted(out.rglob("*.safetensors"))],
-        "log": [{key: value for key, value in row.items() if key != "timing"} for row in log],
-    }
-
-
-def plain(tree: Any) -> Any:
-    match tree:
-        case dict():
-            return {key: plain(value) for key, value in tree.items()}
-        case list() | tuple():
-            return [plain(value) for value in tree]
-        case Tensor():
-            return str(tree.dtype), tree.tolist()
-        case _:
-            return tree
 
 
 @pytest.fixture(scope="module")
