@@ -6,13 +6,13 @@ import matplotlib
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from nndecomp.evaluation.agreement import TOLERANCE, Agreement
 from nndecomp.evaluation.timing import Floor, Times, dense_flops, encoder_flops, middle, number, ratio, sparse_flops
 from nndecomp.report import style
 
 OURS = "nndecomp"
-WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the floor's line
 COLOURS = {
     OURS: "#0072B2",
     "sae-lens": "#E69F00",
@@ -156,14 +156,14 @@ def _bars(panel: Axes, times: Sequence[Times], floor: Floor) -> None:
         found = middle([1000 * seconds for seconds in each.wall])
         panel.barh(y, found.value, color=COLOURS[each.subject.library], height=0.7)
         panel.plot([found.low, found.high], [y, y], color="black", linewidth=0.8)
-        panel.annotate(
+        panel.annotate(  # in a column of their own: beside its bar a number would stand on the floor's line
             number(found.value),
-            (found.high, y),
-            (3, 0),
+            (1, y),
+            (4, 0),
+            xycoords=panel.get_yaxis_transform(),
             textcoords="offset points",
             va="center",
             fontsize=7,
-            bbox=WHITE,
         )
     panel.axvline(least, color="black", linestyle="--", linewidth=1.0)
     panel.annotate(
@@ -171,7 +171,9 @@ def _bars(panel: Axes, times: Sequence[Times], floor: Floor) -> None:
     )
     panel.set_xscale("log")
     panel.set_xlim(least / 3, None)
-    panel.margins(x=0.25)
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.grid(axis="y", visible=False)
     panel.set_title(f"{floor.name}: {floor.size}", loc="left", fontsize=8, pad=12)
     panel.set_xlabel("ms a training step")
