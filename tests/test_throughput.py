@@ -3,17 +3,22 @@
 import copy
 import json
 import logging
+import sys
+import time
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from math import comb
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from experiment_parts import REPO, start
 
 from nndecomp.build import throughput, throughput_floor, throughput_steps, throughput_systems
-from nndecomp.build.throughput_harvest import cut, in_turn
+from nndecomp.build.throughput_harvest import cut, evenly, in_turn
+from nndecomp.build.throughput_start import until_first_line
 from nndecomp.build.throughput_worker import FLOOR, Worker, size_of
 from nndecomp.config.compose import compose, dump
 from nndecomp.config.schema import DType, RunConfig, SizeConfig
@@ -188,6 +193,22 @@ def test_ways_of_doing_the_same_are_set_beside_the_first():
     assert speeds.scores(given) == {"g/half": 0.5}
 
 
+def test_a_start_is_timed_until_the_first_line_and_ended_then(tmp_path: Path):
+    file = tmp_path / "lines"
+    write = f"import time; f = open({str(file)!r}, 'w'); f.write('half a'); f.flush(); time.sleep(0.3); f.write(' line\\n'); f.flush()"
+    began = time.perf_counter()
+    seconds = until_first_line([sys.executable, "-c", f"{write}; time.sleep(60)"], file)
+    assert 0.3 <= seconds < 30 and time.perf_counter() - began < 30
+    with pytest.raises(AssertionError, match="ended with 3, .*nothing has no line"):
+        until_first_line([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "nothing")
+
+
+def test_rows_drawn_evenly_come_back_only_when_all_have_been_read():
+    batches = list(islice(evenly(10, 3, seed=0), 6))
+    assert len(np.unique(np.concatenate(batches[:3]))) == 9 and all((np.diff(each) > 0).all() for each in batches)
+    assert all((a == b).all() for a, b in zip(batches[:3], batches[3:], strict=True))
+
+
 def test_sizes_that_are_not_there_are_refused():
     with pytest.raises(SettingError, match="must name sizes among own, c3, c4"):
         compose("exp_020_throughput", ["throughput.at=[c5]"])
@@ -290,6 +311,7 @@ def test_the_table_divides_by_what_does_the_same():
         ("growth", ["throughput.factors=[0.5,1]", "throughput.layers=[2]", "throughput.rounds=2"]),
         ("quality", []),
         ("harvest", ["throughput.at=[own]"]),
+        ("start", ["throughput.rounds=1"]),
     ],
 )
 def test_every_question_is_answered_at_the_smallest_scale(question: str, settings: list[str], tmp_path: Path):

@@ -39,6 +39,10 @@ def main(cfg: RunConfig, out: Path) -> dict[str, float]:
             found = build.agreements(cfg)
             write(out, throughput.agreed(found), throughput.curves(found), "")
             return throughput.agreement_scores(found)
+        case Question.start:
+            found = build.start_times(cfg, out)
+            write(out, speeds.seconds(found), speeds.raw(found), "")
+            return speeds.seconds_scores(found)
         case Question.harvest:
             found = build.speeds(cfg, out)
             share = build.waiting(cfg, out / "training")

@@ -52,6 +52,7 @@ from nndecomp.build.tail import diagnosed, one_decomposition, reported_tail
 from nndecomp.build.throughput import grown_steps, timed_steps
 from nndecomp.build.throughput_harvest import speeds, waiting
 from nndecomp.build.throughput_quality import agreements
+from nndecomp.build.throughput_start import start_times
 from nndecomp.build.toy_settings import toy_settings
 from nndecomp.build.toys import decomposed_toy, recovered_toy, trained_toy
 from nndecomp.build.training import looking, trained, untrained
@@ -116,6 +117,7 @@ __all__ = [
     "scores",
     "source",
     "speeds",
+    "start_times",
     "starts",
     "store",
     "stream",

@@ -105,7 +105,7 @@ def answering(question: Question) -> list[str]:
             ]
         case Question.growth:
             return [name for name in own if systems()[name].activation is Activation.topk]
-        case Question.quality | Question.harvest:
+        case Question.quality | Question.harvest | Question.start:
             return own
         case Question.step:
             return [name for name, each in systems().items() if each.variant != PAIRS]

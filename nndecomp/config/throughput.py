@@ -13,6 +13,7 @@ class Question(Enum):
     clt = "clt"  # of a cross-layer transcoder, beside dense products of every pair of layers
     growth = "growth"  # with features, k, batch and layers
     quality = "quality"  # whether the fast step learns as plain dense autograd does
+    start = "start"  # until a job makes its first training step
     harvest = "harvest"  # activations out of the target, and out of a store
 
 

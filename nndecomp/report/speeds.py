@@ -22,6 +22,17 @@ def table(found: Sequence[Speed]) -> pandas.DataFrame:
     )
 
 
+def seconds(found: Sequence[Speed]) -> pandas.DataFrame:
+    """Of what is not compared."""
+    return pandas.DataFrame(
+        [{"of": each.group, "until": each.name, "seconds": str(middle(each.wall))} for each in found]
+    )
+
+
+def seconds_scores(found: Sequence[Speed]) -> dict[str, float]:
+    return {f"{each.name.strip('-').replace(' ', '_')}_seconds": middle(each.wall).value for each in found}
+
+
 def first(found: Sequence[Speed], each: Speed) -> Speed:
     return next(other for other in found if other.group == each.group)
 
