@@ -99,7 +99,7 @@ class Manifest:
     def n_shards(self) -> int:
         return -(-self.n_rows // self.shard_rows)
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         return Layout(tuple(map(Site.parse, self.sites)), self.widths)
 
@@ -113,11 +113,11 @@ class Manifest:
         what = json.dumps([FORMAT, self.settings, self.seed, self.sites, self.widths, self.shard_rows])
         return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return self.layout.width * _STORED[self.dtype][1]
 
-    @property
+    @cached_property
     def rows_offset(self) -> int:
         """Where the rows of a shard start, in bytes from the start of the file."""
         return len(self.header(0, 1)) + 16 * self.layout.width
