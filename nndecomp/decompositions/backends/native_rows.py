@@ -1,6 +1,7 @@
 """Adam on gradients made a row at a time, in C++ (cpp/rows.cpp)."""
 
 import ctypes
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -21,8 +22,13 @@ class _Struct(ctypes.Structure):
     )
 
 
+# Rows are made twice, once for the norm by which they are clipped. With more slots a feature they are written down in between, which
+# saves what else would pass over them: their norm, clipping, and what makes them tangent.
+_FEW = 2
+
+
 class NativeRows(RowUpdate):
-    few: ClassVar[float] = 2
+    few: ClassVar[float] = inf
 
     def __init__(self, gradient: RowGradient, W: Float[Tensor, "feature d"]) -> None:
         order, bounds = gradient.support.by_feature(PLAIN.by_feature)
@@ -36,6 +42,8 @@ class NativeRows(RowUpdate):
             gradient.weights.contiguous(),
         )  # kept while pointed at
         first, *others = (pointer(each).value for each in self._read)
+        self._many = len(gradient.support.indices) >= _FEW * len(W)
+        self._written: Tensor | None = None
         self._struct = _Struct(first, rows.stride(0), *others, gradient.tangent)
 
     @staticmethod
@@ -43,8 +51,9 @@ class NativeRows(RowUpdate):
         return rows
 
     def norm(self) -> Float[Tensor, ""]:
-        shape = map(LONG, self.W.shape)
-        squares = library().row_squares(ctypes.byref(self._struct), pointer(self.W), *shape, threads())
+        self._written = torch.empty_like(self.W) if self._many else None
+        places = (ctypes.byref(self._struct), pointer(self.W), pointer(self._written))
+        squares = library().row_squares(*places, *map(LONG, self.W.shape), threads())
         return torch.tensor(squares, dtype=torch.float64).sqrt().float()
 
     def adam(
@@ -57,6 +66,6 @@ class NativeRows(RowUpdate):
     ) -> None:
         (beta1, beta2), made = numbers.betas, float(n)
         rate, by = numbers.lr / (1 - beta1**made), (1 - beta2**made) ** -0.5
-        places = (pointer(each) for each in (clip, self.W, m, v))
+        places = (pointer(each) for each in (self._written, clip, self.W, m, v))
         floats = (ctypes.c_float(each) for each in (numbers.keep, rate, beta1, beta2, by, numbers.epsilon))
         library().row_adam(ctypes.byref(self._struct), *places, *map(LONG, self.W.shape), *floats, threads())

@@ -16,9 +16,11 @@ struct RowGradient {
   const float* weights;
   int tangent;
 
+  bool active(long f) const { return bounds[f] != bounds[f + 1]; }
+
   // Writes row f into g [d]; false: it is 0, and g was not written.
   bool write(long f, const float* w, long d, float* __restrict g) const {
-    if (bounds[f] == bounds[f + 1]) return false;
+    if (!active(f)) return false;
     std::memset(g, 0, sizeof(float) * d);
     add_slots(rows, stride, tokens, order, weights, bounds[f], bounds[f + 1], d, g);
     if (tangent) {
@@ -34,14 +36,16 @@ struct RowGradient {
 
 extern "C" {
 
-double row_squares(const RowGradient* gradient, const float* W, long n, long d, int threads) {
+// |gradient|^2. written [n, d]: rows are kept there, for row_adam; null: they are not.
+double row_squares(const RowGradient* gradient, const float* W, float* written, long n, long d, int threads) {
   std::vector<double> of_rows(n, 0);  // added up in their order, however many threads there are
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> g(d);
+    std::vector<float> row(d);
 #pragma omp for schedule(dynamic, 64)
     for (long f = 0; f < n; ++f) {
-      if (!gradient->write(f, W + f * d, d, g.data())) continue;
+      float* g = written == nullptr ? row.data() : written + f * d;
+      if (!gradient->write(f, W + f * d, d, g)) continue;
       float squares = 0;
       for (long i = 0; i < d; ++i) squares += g[i] * g[i];
       of_rows[f] = squares;
@@ -53,8 +57,8 @@ double row_squares(const RowGradient* gradient, const float* W, long n, long d, 
 }
 
 // m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2, W <- keep W - rate m / (sqrt(v) by + epsilon), g = *clip * gradient.
-void row_adam(const RowGradient* gradient, const float* clip, float* W, float* m, float* v, long n, long d, float keep, float rate,
-              float beta1, float beta2, float by, float epsilon, int threads) {
+void row_adam(const RowGradient* gradient, const float* written, const float* clip, float* W, float* m, float* v, long n, long d,
+              float keep, float rate, float beta1, float beta2, float by, float epsilon, int threads) {
   const float factor = *clip;
 #pragma omp parallel num_threads(threads)
   {
@@ -62,8 +66,9 @@ void row_adam(const RowGradient* gradient, const float* clip, float* W, float* m
 #pragma omp for schedule(dynamic, 64)
     for (long f = 0; f < n; ++f) {
       float *__restrict a = W + f * d, *__restrict b = m + f * d, *__restrict e = v + f * d;
-      const float* __restrict g = row.data();
-      if (gradient->write(f, a, d, row.data())) {
+      const bool active = written == nullptr ? gradient->write(f, a, d, row.data()) : gradient->active(f);
+      const float* __restrict g = written == nullptr ? row.data() : written + f * d;
+      if (active) {
         for (long i = 0; i < d; ++i) {
           const float gi = factor * g[i];
           b[i] = beta1 * b[i] + (1 - beta1) * gi;
