@@ -67,7 +67,7 @@ def _rows(cfg: RunConfig) -> Iterator[tuple[str, SizeConfig, Batches]]:
         f"decomposition reads and writes {site}, {', '.join(map(str, more))}; write one layer and decomposition=sae",
     )
     read = stream(cfg, target, [site])
-    normalised = Columns(read.layout, read.layout, scales(cfg, target, [site]))
-    batches = [normalised(read.next_batch()) for _ in range(throughput.n_batches)]
+    normalised = Columns(read.layout, read.layout, scales(cfg, target, [site])).cpu()
+    batches = [normalised(read.next_batch().cpu()) for _ in range(throughput.n_batches)]
     size = replace(size_of(cfg, throughput.at[0]), d_model=read.layout.width)
     yield f"{target.name} {site}", size, batches
