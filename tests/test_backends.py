@@ -54,6 +54,8 @@ def values(selected: Selected) -> Tensor:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So small that these sizes take several; and what screening leaves is never too much."""
     monkeypatch.setattr(candidates, "_MANY", 1.0)
+    monkeypatch.setattr(candidates, "_MANY_FOR_LARGEST", 1.0)
+    monkeypatch.setattr(native, "_FEW", dict.fromkeys(candidates.Bound, 1.0))
     monkeypatch.setattr(candidates, "_width", lambda of: compiled.LONG(256))
     monkeypatch.setattr(selection, "BLOCK", 16 * 256)
     yield
@@ -305,6 +307,8 @@ def test_where_8_bits_leave_too_much_all_is_done_in_float32(bound, monkeypatch):
     screening = native.Native(bound)
     for share in (1e-6, 0.013, 0.02):
         monkeypatch.setattr(candidates, "_MANY", share)
+        monkeypatch.setattr(candidates, "_MANY_FOR_LARGEST", share)
+        monkeypatch.setattr(native, "_FEW", dict.fromkeys(candidates.Bound, share))
         pairs = [
             (native.PLAIN.topk(of, 31), screening.topk(of, 31)),
             (native.PLAIN.batchtopk([of], 2000)[0], screening.batchtopk([of], 2000)[0]),

@@ -25,8 +25,9 @@ from nndecomp.decompositions.support import Selected, Support
 # Of W, what is packed at once: it stays in the cache while it meets all tokens.
 PACKED = 3 << 18
 _SIGMAS = 4.0
-# A product in float32 costs about three times what one in 8 bits does, and this share of it once more entry by entry as much again.
-_MANY = 0.06
+# Where 8 bits leave more than this share of all entries, float32 does all of them sooner: of what is computed once more, where every
+# entry above a threshold is, and where only the largest are, most of which are clear.
+_MANY, _MANY_FOR_LARGEST = 0.06, 0.12
 
 
 class Bound(Enum):
@@ -55,10 +56,11 @@ class Candidates:
         """The same of one group, by products in 8 bits: what may be selected, until `rescore`. False: it is too much, and not all
         there."""
         x, W = operands
+        share = _MANY_FOR_LARGEST if threshold is None else _MANY
         quantised = (pointer(each) for own in (x, W) for each in (own.q, own.scale, own.a, own.b))
         found = library().candidates_screen(
             *(self.handle, *quantised, *map(LONG, of.W.shape), pointer(of.b), pointer(of.c), pointer(threshold)),
-            *(_width(of), LONG(many(self.n_tokens, len(of.W))), threads()),
+            *(_width(of), LONG(int(share * self.n_tokens * len(of.W))), threads()),
         )
         return found >= 0
 
@@ -109,11 +111,6 @@ def candidates(n_tokens: int, k: int = 0, threshold: float = -inf) -> Iterator[C
         yield found
     finally:
         library().candidates_free(found.handle)
-
-
-def many(n_tokens: int, n_features: int) -> int:
-    """Entries that screening must not leave more of."""
-    return int(_MANY * n_tokens * n_features)
 
 
 def _width(of: Affine) -> ctypes.c_long:
