@@ -13,6 +13,7 @@ Chance has the same numbers without what they have in common:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from nndecomp.evaluation.matching import cosines
 from nndecomp.evaluation.units import Activity, Directions, Units
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 BLOCK = 0.9  # eigenvalues of a second moment that are this near to each other count as one
 
@@ -99,10 +103,17 @@ def activity_similarity(a: Activity, b: Activity) -> Similarity:
     """Correlation of how much each is active; 0 for what is active never, or always alike."""
     assert a.n_tokens == b.n_tokens, f"activity on {a.n_tokens} and on {b.n_tokens} tokens cannot be compared"
     n = a.n_tokens
-    both = torch.from_numpy((a.amounts.T @ b.amounts).toarray()) / n
+    both = torch.from_numpy(_product(a, b)) / n
     mean, spread = zip(*(_moments(each) for each in (a, b)), strict=True)
     scale = spread[0][:, None] * spread[1]
     return torch.where(scale > 0, (both - mean[0][:, None] * mean[1]) / scale, 0.0).clamp(-1, 1)
+
+
+def _product(a: Activity, b: Activity) -> "ndarray":
+    """sum over tokens of what both are worth [a, b]."""
+    if a.is_dense and b.is_dense:
+        return a.amounts.toarray().T @ b.amounts.toarray()
+    return (a.amounts.T @ b.amounts).toarray()
 
 
 def _moments(of: Activity) -> tuple[Float[Tensor, " unit"], Float[Tensor, " unit"]]:

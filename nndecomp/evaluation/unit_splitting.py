@@ -58,10 +58,47 @@ def cover(parents: Activity, children: Activity) -> Cover:
     assert parents.n_tokens == children.n_tokens, (
         f"activity on {parents.n_tokens} and on {children.n_tokens} tokens cannot be compared"
     )
+    if parents.is_dense and children.is_dense:
+        return cover_at_once(parents, children)
     candidates, own = _Candidates(children), parents.amounts.tocsc()
     found = [_cover(own.indices[own.indptr[i] : own.indptr[i + 1]], candidates) for i in range(parents.n_units)]
     n, recall, precision = torch.tensor(found, dtype=torch.float64).reshape(-1, 3).T
     return Cover(n.long(), recall, precision)
+
+
+def cover_at_once(parents: Activity, children: Activity) -> Cover:
+    """The same for all parents together, a child each at a time, by products of dense matrices: where activity is no longer
+    sparse, counting entry by entry takes tens of times as long. Counts are exact in float32, up to 2^24 tokens."""
+    assert parents.n_tokens < 2**24, f"{parents.n_tokens} tokens cannot be counted in float32"
+    is_parents, is_childs = ((each.amounts.toarray() > 0).T for each in (parents, children))
+    active = is_childs.T.astype(numpy.float32)
+    n_tokens = is_parents.sum(1)
+    is_covered = numpy.zeros_like(is_parents)
+    right = is_parents.astype(numpy.float32) @ active
+    wrong = children.firings.numpy() - right
+    n_right, n_wrong, n_chosen = numpy.zeros((3, len(is_parents)), dtype=numpy.int64)
+    f1, going = numpy.zeros(len(is_parents)), numpy.flatnonzero(n_tokens > 0)
+    for _ in range(MAX_CHILDREN):
+        right_then = n_right[going, None] + right[going].astype(numpy.float64)
+        union_then = right_then + n_wrong[going, None] + wrong[going]
+        would_be = 2 * right_then / (n_tokens[going, None] + union_then)
+        best = would_be.argmax(1)
+        reached = would_be[numpy.arange(len(going)), best]
+        helps = reached > f1[going] + F1_GAIN
+        going, best = going[helps], best[helps]
+        if not len(going):
+            break
+        f1[going], n_chosen[going] = reached[helps], n_chosen[going] + 1
+        added = is_childs[best] & ~is_covered[going]
+        is_covered[going] |= added
+        inside = added & is_parents[going]
+        outside = added & ~is_parents[going]
+        n_right[going] += inside.sum(1)
+        n_wrong[going] += outside.sum(1)
+        right[going] -= inside.astype(numpy.float32) @ active
+        wrong[going] -= outside.astype(numpy.float32) @ active
+    recall, precision = n_right / n_tokens.clip(1), n_right / (n_right + n_wrong).clip(1)
+    return Cover(*(torch.from_numpy(each) for each in (n_chosen, recall, precision)))
 
 
 class _Candidates:

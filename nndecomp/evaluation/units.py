@@ -31,6 +31,8 @@ from nndecomp.types import Layout, Point, Site
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
+DENSE = 0.1  # share of tokens; sparse products take about ten times as long for each entry
+
 # Directions by space: [unit, width of the space], as raw activations.
 Directions = Mapping[str, Float[Tensor, "unit _"]]
 
@@ -75,6 +77,11 @@ class Activity:
     def amounts(self) -> "csr_matrix":
         """|value| [token, unit]: how much each unit is active, whatever the sign of its direction."""
         return self._matrix(self.values.abs())
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether its units are active on so many tokens that products with all zeros written out are the faster ones."""
+        return len(self.values) > DENSE * self.n_tokens * self.n_units
 
     @cached_property
     def codes(self) -> "csr_matrix":
