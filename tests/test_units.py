@@ -124,7 +124,9 @@ def test_a_rank_one_map_has_no_sign_of_its_own():
     assert weight_similarity(a, other).diagonal().tolist() == pytest.approx([1.0] * 5)  # type: ignore[union-attr]
 
 
-def test_likeness_of_activity_is_the_correlation_of_amounts():
+@pytest.mark.parametrize("written_out", [False, True])
+def test_likeness_of_activity_is_the_correlation_of_amounts(written_out: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("nndecomp.evaluation.units.DENSE", 0.0 if written_out else 1.0)
     a, b = drawn(5, 0).activity, drawn(7, 1).activity
     dense = [numpy.abs(each.codes.toarray()) for each in (a, b)]
     slow = numpy.corrcoef(dense[0].T, dense[1].T)[:5, 5:]
@@ -172,8 +174,11 @@ def test_a_unit_that_nothing_is_like_is_lost():
     assert found.parts.tolist() == [0] and found.f1.item() < 0.2
 
 
-def test_covers_are_what_trying_every_child_in_turn_finds():
+@pytest.mark.parametrize("written_out", [False, True])
+def test_covers_are_what_trying_every_child_in_turn_finds(written_out: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("nndecomp.evaluation.units.DENSE", 0.0 if written_out else 1.0)
     a, b = drawn(4, 0, 60).activity, drawn(9, 1, 60).activity
+    assert a.is_dense == b.is_dense == written_out
     parents, children = (each.codes.toarray() != 0 for each in (a, b))
     for i, (n, recall, precision) in enumerate(zip(*vars(cover(a, b)).values(), strict=True)):
         own, union, chosen, f1 = parents[:, i], numpy.zeros(60, dtype=bool), 0, 0.0
