@@ -9,7 +9,7 @@ from evaluation_parts import EachSite, ToyTarget, linear, text
 from torch import Tensor
 
 from nndecomp.config.schema import EvaluationConfig, Inputs, Patched
-from nndecomp.evaluation import evaluate, evaluate_all
+from nndecomp.evaluation import evaluate, evaluate_all, patching
 from nndecomp.evaluation.rows import Measurement
 from nndecomp.types import Point, Site
 
@@ -173,6 +173,13 @@ def test_batch_size_of_the_evaluation_changes_nothing(target, batch_seqs):
         assert (a.metric, a.site, a.n_tokens) == (b.metric, b.site, b.n_tokens)
         assert a.value == pytest.approx(b.value, rel=1e-5, abs=1e-6)
         assert a.low == pytest.approx(b.low, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+def test_probabilities_that_are_too_many_to_hold_are_computed_anew_and_change_no_bit(target, monkeypatch):
+    decomposition = EachSite(INS, OUTS, [linear(layer) for layer in range(N_LAYERS)])
+    held = measure(target, decomposition)
+    monkeypatch.setattr(patching, "_HELD", 0)
+    assert repr(measure(target, decomposition)) == repr(held)
 
 
 def test_measuring_together_is_measuring_one_by_one(target):

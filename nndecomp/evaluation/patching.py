@@ -27,6 +27,8 @@ from nndecomp.evaluation.bootstrap import Ratio
 from nndecomp.targets.base import Replace, Target
 from nndecomp.types import Site
 
+_HELD = 1 << 27  # 512 MiB
+
 
 @dataclass(frozen=True)
 class PatchSet:
@@ -117,6 +119,11 @@ class CleanRun:
         """The most likely next token, looked for once for all that is compared with this run."""
         return {model: log_p.argmax(-1) for model, log_p in self.log_p.items()}
 
+    @cached_property
+    def p(self) -> dict[str | None, Float[Tensor, "batch pos vocab"] | None]:
+        """Probabilities, computed once for all that is compared with this run; null where they would take more than _HELD numbers."""
+        return {model: log_p.exp() if log_p.numel() <= _HELD else None for model, log_p in self.log_p.items()}
+
     def read_by(self, decomposition: Decomposition) -> RowsOrSequences:
         """What it reads, as its `forward` takes it."""
         sites = decomposition.read_layout.sites
@@ -170,11 +177,13 @@ class Predictions:
 
     def add(self, batch: Batch, clean: CleanRun, log_qs: Iterable[Float[Tensor, "pos vocab"]]) -> None:
         """`log_qs`: log-probabilities, one sequence after the other, so that only one need exist at a time."""
+        known = clean.p[self.model]
         for i, (log_p, log_q) in enumerate(zip(clean.log_p[self.model], log_qs, strict=True)):
             seq, predicts = batch.seqs.start + i, batch.predicts[i]
             log_p, log_q = log_p[:-1], log_q[:-1]
+            p = log_p.exp() if known is None else known[i, :-1]
             ce = -log_q.gather(-1, batch.tokens[i, 1:, None])[:, 0]
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            kl = (p * (log_p - log_q)).sum(-1)
             # The largest value is found much faster than its place.
             agree = (log_q.gather(-1, clean.top[self.model][i, :-1, None])[:, 0] == log_q.amax(-1)).float()
             sums = torch.stack([ce, kl, agree, torch.ones_like(ce)]) * predicts
