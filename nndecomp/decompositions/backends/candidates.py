@@ -4,7 +4,8 @@ Screening: products of 8-bit x and w say what x . w is at most and at least. Wha
 float32, and selected by that. With x = x^ + e and w = w^ + f, x^ and w^ on grids of steps s_x and s_w,
 
     certain    |x . w - x^ . w^| <= |x^| |f| + |e| |w|, and what sums in float32 round: what float32 selects is never missed
-    likely     4 times the standard deviation that e and f have where they are spread evenly, sqrt((|w| s_x)^2 + (|x| s_w)^2) / sqrt(12) at most
+    likely     no more than 4 (s_x |w| + s_w |x|) / sqrt(12), which is at least 4 times the standard deviation of e and f that are spread
+               evenly over a step
 """
 
 import ctypes

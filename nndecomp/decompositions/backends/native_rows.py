@@ -67,5 +67,8 @@ class NativeRows(RowUpdate):
         (beta1, beta2), made = numbers.betas, float(n)
         rate, by = numbers.lr / (1 - beta1**made), (1 - beta2**made) ** -0.5
         places = (pointer(each) for each in (self._written, clip, self.W, m, v))
-        floats = (ctypes.c_float(each) for each in (numbers.keep, rate, beta1, beta2, by, numbers.epsilon))
-        library().row_adam(ctypes.byref(self._struct), *places, *map(LONG, self.W.shape), *floats, threads())
+        kept, rest = (tuple(map(ctypes.c_float, each)) for each in ((numbers.keep, rate), (by, numbers.epsilon)))
+        betas = tuple(map(ctypes.c_double, numbers.betas))  # 1 - beta, in float32, would be off by 5e-5 of itself
+        library().row_adam(
+            ctypes.byref(self._struct), *places, *map(LONG, self.W.shape), *kept, *betas, *rest, threads()
+        )

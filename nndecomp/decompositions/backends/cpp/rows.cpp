@@ -58,8 +58,8 @@ double row_squares(const RowGradient* gradient, const float* W, float* written, 
 
 // m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2, W <- keep W - rate m / (sqrt(v) by + epsilon), g = *clip * gradient.
 void row_adam(const RowGradient* gradient, const float* written, const float* clip, float* W, float* m, float* v, long n, long d,
-              float keep, float rate, float beta1, float beta2, float by, float epsilon, int threads) {
-  const float factor = *clip;
+              float keep, float rate, double beta1, double beta2, float by, float epsilon, int threads) {
+  const float factor = *clip, keep_m = float(beta1), add_m = float(1 - beta1), keep_v = float(beta2), add_v = float(1 - beta2);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> row(d);
@@ -71,14 +71,14 @@ void row_adam(const RowGradient* gradient, const float* written, const float* cl
       if (active) {
         for (long i = 0; i < d; ++i) {
           const float gi = factor * g[i];
-          b[i] = beta1 * b[i] + (1 - beta1) * gi;
-          e[i] = beta2 * e[i] + (1 - beta2) * gi * gi;
+          b[i] = keep_m * b[i] + add_m * gi;
+          e[i] = keep_v * e[i] + add_v * gi * gi;
           a[i] = keep * a[i] - rate * b[i] / (std::sqrt(e[i]) * by + epsilon);
         }
       } else {
         for (long i = 0; i < d; ++i) {
-          b[i] *= beta1;
-          e[i] *= beta2;
+          b[i] *= keep_m;
+          e[i] *= keep_v;
           a[i] = keep * a[i] - rate * b[i] / (std::sqrt(e[i]) * by + epsilon);
         }
       }
