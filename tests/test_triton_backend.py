@@ -373,13 +373,18 @@ class Asked(TorchDispatchMode):
 JUMPRELU = ACTIVATIONS["jumprelu"] | {"penalty": Penalty.l0, "penalty_coefficient": 0.01}
 STEPS = {
     "topk": ARCHITECTURES["sae"],
-    "topk clt": ARCHITECTURES["cross_layer_transcoder"],
     "batchtopk": ARCHITECTURES["sae"] | ACTIVATIONS["batchtopk"],
     "jumprelu": ARCHITECTURES["sae"] | JUMPRELU,
 }
 
 
-@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(pytest.param(settings, id=name) for name, settings in STEPS.items()),
+        pytest.param(ARCHITECTURES["cross_layer_transcoder"], id="topk clt", marks=pytest.mark.slow),
+    ],
+)
 def test_a_training_step_asks_nothing_of_the_device(settings):
     with backends.using(BackendKind.triton):
         with torch.device("cpu"):
