@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nndecomp.config.schema import BackendKind, Scope
 from nndecomp.decompositions import backends, selection
+from nndecomp.decompositions.activation_selecting import TopK
 from nndecomp.decompositions.backends import compiled, native
 from nndecomp.decompositions.backends.interface import Affine, Backend
 from nndecomp.decompositions.backends.pure import Pure
@@ -59,6 +60,32 @@ def test_of_equal_entries_of_a_batch_the_first_tokens_are_selected(backend: Back
     found = backend.batchtopk(parts, n_slots)
     mask = torch.cat([dense(own) for own in found], 1)
     assert torch.equal(mask.flatten().nonzero().squeeze(1), expected)
+
+
+@pytest.mark.parametrize(
+    "backend", [BackendKind.torch, BackendKind.native, BackendKind.native_int8], ids=lambda b: b.value
+)
+def test_features_of_all_groups_compete_by_every_backend(backend):
+    if backend is not BackendKind.torch and compiled.obstacle() is not None:
+        pytest.skip(str(compiled.obstacle()))
+    draw = torch.Generator().manual_seed(0)
+    x, ks = [torch.randn(25, 16, generator=draw) for _ in range(3)], [3, 4, 5]
+    sizes = [5, 900, 300]  # the first has fewer features than can be active
+    scales = [None, 0.5 + torch.rand(900, generator=draw), None]
+    of = [
+        Affine(x[i], torch.randn(n, 16, generator=draw), torch.randn(n, generator=draw), scales[i])
+        for i, n in enumerate(sizes)
+    ]
+    keys = torch.cat([(each.x @ each.W.T + each.b) * (1 if each.c is None else each.c) for each in of], 1)
+    with backends.using(backend):
+        found = TopK(ks, Scope.all).select(of, [0, 1, 2])
+    assert found is not None
+    expected = torch.zeros_like(keys).scatter(1, keys.topk(12).indices, 1).bool()
+    assert torch.equal(torch.cat([dense(own) for own in found], 1), expected)
+    for own, each in zip(found, of, strict=True):
+        z = (each.x @ each.W.T + each.b)[own.support.tokens, own.support.indices]
+        torch.testing.assert_close(own.values, z)
+        assert (own.agreement is not None) == (backend is BackendKind.native_int8)
 
 
 def dense(selected: Any) -> Tensor:
