@@ -19,8 +19,9 @@ from nndecomp.decompositions.selection import Above, BatchBest, Found, TokenBest
 needs_native = pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
 BACKENDS = [
     pytest.param(Pure(), id="torch"),
-    pytest.param(native.BACKEND, id="native", marks=needs_native),
-    pytest.param(native.SCREENING, id="native_int8", marks=needs_native),
+    pytest.param(native.PLAIN, id="native", marks=needs_native),
+    pytest.param(native.CERTAIN, id="native_certain", marks=needs_native),
+    pytest.param(native.LIKELY, id="native_int8", marks=needs_native),
 ]
 SMALL = 16 * 256  # entries of a block: 256 features or a few more of these many tokens
 
