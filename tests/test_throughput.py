@@ -303,6 +303,20 @@ def test_the_table_divides_by_what_does_the_same():
     assert {FLOOR, *found} and len(report.raw([ours, theirs, other], [floor])) == 3 * 2 + 5 * 2
 
 
+def test_growth_that_would_select_more_features_than_there_are_is_refused_before_a_process_starts(tmp_path: Path):
+    for factors, most in (([0.25, 1], 16), ([1, 2], 32), ([0.125, 4], 8)):
+        at = f"throughput.factors={factors}".replace(" ", "")
+        settings = ["+scale=smoke", "question=growth", "throughput.layers=[]", "decomposition.n_features=64", at]
+        with pytest.raises(
+            SettingError, match=rf"decomposition\.k={most + 1} .* write decomposition\.k={most}, or less"
+        ):
+            throughput.grown_steps(compose("exp_020_throughput", [*settings, f"decomposition.k={most + 1}"]), tmp_path)
+        fits = compose("exp_020_throughput", [*settings, f"decomposition.k={most}"])
+        for factor in factors:
+            for axis, value in (("n_features", 64), ("k", most)):
+                assert size_of(fits, f"{axis}={round(factor * value)}").k <= 64
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("question", "settings"),

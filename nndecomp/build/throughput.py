@@ -1,6 +1,7 @@
 """Training steps of this library and of others, timed in turn: a process each, a step each a round."""
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def grown_steps(cfg: RunConfig, out: Path) -> tuple[dict[str, dict[str, int]], l
     """Names of sizes and their value on each axis, and the times of all of them: those of an axis in turn, as systems are."""
     throughput = asked(cfg)
     own, where = size_of(cfg, OWN), device(cfg)
+    _require_room(own, throughput.factors)
     values = {axis: [max(1, round(factor * getattr(own, axis))) for factor in throughput.factors] for axis in GROWING}
     values[LAYERS] = throughput.layers
     axes = {axis: {f"{axis}={value}": value for value in along} for axis, along in values.items()}
@@ -80,6 +82,16 @@ def grown_steps(cfg: RunConfig, out: Path) -> tuple[dict[str, dict[str, int]], l
         times += [_times(name, each, size, own[size], where) for (size, name), each in found.items()]
         floors += own.values()
     return axes, times, floors
+
+
+def _require_room(own: SizeConfig, factors: Sequence[float]) -> None:
+    """k times the largest factor, and k beside the smallest share of the features, are features that there are."""
+    at_most = math.floor(own.n_features * min([1.0, *factors, *(1 / factor for factor in factors)]))
+    require(
+        own.k <= at_most,
+        f"decomposition.k={own.k} leaves no room for throughput.factors={list(factors)} with {own.n_features} features; "
+        f"write decomposition.k={max(1, at_most)}, or less",
+    )
 
 
 @dataclass(frozen=True)
