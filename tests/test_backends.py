@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from backend_parts import BACKENDS, needs_native
 from decomposition_parts import ACTIVATIONS, ARCHITECTURES, GLU, objective, planted
 from torch import Tensor
 
@@ -12,18 +13,10 @@ from nndecomp.config.schema import Activation, BackendKind, CodeNormalisation, J
 from nndecomp.decompositions import backends, encoding, kernels, selection
 from nndecomp.decompositions.backends import candidates, compiled, native
 from nndecomp.decompositions.backends.interface import Affine, Backend
-from nndecomp.decompositions.backends.pure import Pure
 from nndecomp.decompositions.codes import SparseCodes
 from nndecomp.decompositions.support import Selected, Support
 from nndecomp.errors import SettingError
 
-needs_native = pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
-BACKENDS = [
-    pytest.param(Pure(), id="torch"),
-    pytest.param(native.PLAIN, id="native", marks=needs_native),
-    pytest.param(native.CERTAIN, id="native_certain", marks=needs_native),
-    pytest.param(native.LIKELY, id="native_int8", marks=needs_native),
-]
 SIZES = [(1, 3, 5, 1), (7, 6, 24, 3), (40, 33, 300, 8), (70, 16, 2500, 31)]  # tokens, d, features, k
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from backend_parts import BACKENDS
 from decomposition_parts import ACTIVATIONS, ARCHITECTURES, GLU, PURSUIT, F, objective, planted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,18 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nndecomp.config.schema import BackendKind, Scope
 from nndecomp.decompositions import backends, selection
 from nndecomp.decompositions.activation_selecting import TopK
-from nndecomp.decompositions.backends import compiled, native
+from nndecomp.decompositions.backends import compiled
 from nndecomp.decompositions.backends.interface import Affine, Backend
-from nndecomp.decompositions.backends.pure import Pure
 from nndecomp.decompositions.selection import Above, BatchBest, Found, TokenBest
 
-needs_native = pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
-BACKENDS = [
-    pytest.param(Pure(), id="torch"),
-    pytest.param(native.PLAIN, id="native", marks=needs_native),
-    pytest.param(native.CERTAIN, id="native_certain", marks=needs_native),
-    pytest.param(native.LIKELY, id="native_int8", marks=needs_native),
-]
 SMALL = 16 * 256  # entries of a block: 256 features or a few more of these many tokens
 
 

@@ -134,6 +134,8 @@ Operands = tuple[Quantised, Quantised]  # x and W
 def quantised(of: Affine, bound: Bound) -> Operands | None:
     """x and W, with each dimension divided in one and multiplied in the other so that both have it equally large: a dimension that is
     large in x alone would leave the others no bits. Null where something is not finite."""
+    most = 2**31 // (255 * 127)
+    assert of.x.shape[1] <= most, f"sums of {of.x.shape[1]} products of 8 bits may leave 32 bits; {most} do not"
     # Of some rows: it need not be exact.
     size_x, size_W = (each[:: 1 + len(each) // 256].square().mean(0).sqrt() for each in (of.x, of.W))
     fold = torch.where((size_x > 0) & (size_W > 0), (size_W / size_x).sqrt(), 1.0)
