@@ -128,8 +128,16 @@ def test_figures_have_a_panel_for_each_question(found: Sequence[Comparison]):
     for figure, n_panels in drawn:
         figure.draw_without_rendering()
         assert len(figure.axes) == n_panels
+        assert all(0 <= legend.get_window_extent().x0 <= figure.bbox.width / 2 for legend in figure.legends)
     heights = [bar.get_height() for bar in drawn[1][0].axes[0].patches if isinstance(bar, Rectangle)]
     assert heights == pytest.approx([0, 1, 0, 0, 0, 0, 0, 1, 0, 0]), "kept at the same size, two in the larger one"
+
+
+def test_methods_of_which_some_were_never_compared_are_no_grid(found: Sequence[Comparison]):
+    two = [Pair(Kind.method, Instance("clt", 1, 0), Instance(f"spd {part}", 1, 1)) for part in ("c_fc", "down_proj")]
+    lacking = [*found, *(compare(pair, [ONE], [halved(ONE)], SETTINGS, 0, 20) for pair in two)]
+    with pytest.raises(AssertionError, match="^spd down_proj and sae were not compared, but spd c_fc and sae, "):
+        canonical_figures.degrees(lacking, ["spd c_fc", "spd down_proj"])
 
 
 def test_every_two_seeds_and_sizes_are_compared_and_methods_never_with_the_same_seed():

@@ -1,6 +1,7 @@
 """Figures of which units are those of another decomposition too."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import matplotlib
 import torch
@@ -36,7 +37,7 @@ def found_again(lines: Sequence[Line], colours: Mapping[str, str], cutoff: float
         handles = [*artists, Line2D([], [], linestyle=":", color=style.GREY)]
         handles.append(Line2D([], [], linestyle="", marker="x", color=style.GREY))
         labels = [*labels, "chance", "in one before training"]
-        drawn.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+        style.legend_below(drawn, handles, labels)
     return drawn
 
 
@@ -105,7 +106,7 @@ def children(found: Sequence[Comparison], colours: Mapping[str, str]) -> Figure:
             for i, times in enumerate(sizes)
         ]
         handles.append(Line2D([], [], color="black", label="chance"))
-        drawn.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        style.legend_below(drawn, handles, [str(each.get_label()) for each in handles])
     return drawn
 
 
@@ -135,6 +136,8 @@ def degrees(found: Sequence[Comparison], of: Sequence[str]) -> Figure | None:
         return None
     rows = list(dict.fromkeys(own for own, _ in chosen))
     columns = list(dict.fromkeys(other for _, other in chosen))
+    missing = [f"{own} and {other}" for own, other in product(rows, columns) if (own, other) not in chosen]
+    assert not missing, f"{', '.join(missing)} were not compared, but {', '.join(map(' and '.join, chosen))} were"
     with matplotlib.rc_context(style.RC):
         drawn = Figure(figsize=(2.3 * len(columns) + 0.6, 2.0 * len(rows) + 0.7), layout="constrained")
         panels = drawn.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)

@@ -86,7 +86,7 @@ def figure(found: Sequence[Again], colours: Mapping[str, str]) -> Figure:
             panel.set_xlabel("cosine")
         artists, labels = panels[0][0].get_legend_handles_labels()
         handles = dict(zip(labels, artists, strict=True))
-        drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+        style.legend_below(drawn, list(handles.values()), list(handles))
     return drawn
 
 

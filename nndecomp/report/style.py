@@ -1,11 +1,12 @@
 """How figures look: one colour a method everywhere, told apart also by colour-blind readers and in grey print."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 RC: dict[Any, Any] = {
@@ -93,6 +94,16 @@ def in_order(architectures: Iterable[str]) -> list[str]:
     """Each once, the baselines last."""
     last = {each: i for i, each in enumerate(BASELINES, 1)}
     return sorted(set(architectures), key=lambda each: (last.get(each, 0), each))
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """In as many columns as the figure is wide enough for."""
+    for n_columns in range(len(handles), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=n_columns)
+        if legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+    raise AssertionError(f"{', '.join(labels)}: one of these is wider than {figure.get_figwidth()} inches")
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:
