@@ -165,12 +165,9 @@ def set_process(cfg: RunConfig) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
 
-    from nndecomp import build
     from nndecomp.decompositions import backends
 
     backends.use(cfg.backend)
-    device = build.device(cfg)
-    log.info("sparse codes on %s by backend=%s", device, backends.of(torch.zeros((), device=device)).name)
 
 
 def same_settings(cfg: RunConfig, out: Path) -> None:

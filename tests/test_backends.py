@@ -1,5 +1,6 @@
 """Every backend selects what sorting selects, and adds up what dense products add up: forward and backward."""
 
+import logging
 from collections.abc import Iterator
 from itertools import product
 
@@ -377,3 +378,15 @@ def test_without_a_compiler_native_is_refused_and_auto_says_so_once(monkeypatch,
     finally:
         compiled.obstacle.cache_clear()
         compiled.available.cache_clear()
+
+
+def test_what_computes_is_said_when_it_first_does_and_once_a_run(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    with backends.using(BackendKind.auto):
+        for _ in range(2):
+            backends.use(BackendKind.torch)
+            assert not caplog.messages, "nothing was computed"
+            backends.of(torch.zeros(1))
+            backends.of(torch.zeros(2))
+            assert caplog.messages == ["sparse codes on cpu by backend=torch"]
+            caplog.clear()

@@ -402,7 +402,7 @@ def test_a_training_step_asks_nothing_of_the_device(settings):
 
 def test_without_triton_it_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(backends, "without_triton", lambda: "Triton is not installed")
-    with pytest.raises(SettingError, match="^backend=triton: Triton is not installed; use backend=torch$"):
+    with pytest.raises(SettingError, match="^backend=triton: Triton is not installed; use backend=auto or native$"):
         backends.use(BackendKind.triton)
 
 

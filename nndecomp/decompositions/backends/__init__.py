@@ -27,7 +27,12 @@ _asked = BackendKind.auto
 
 
 def use(kind: BackendKind) -> None:
-    """For the whole process. Raises SettingError if it cannot be had here."""
+    """For the whole process, which says anew what computes. Raises SettingError if it cannot be had here."""
+    _ask(kind)
+    _say.cache_clear()
+
+
+def _ask(kind: BackendKind) -> None:
     global _asked
     match kind:
         case BackendKind.native | BackendKind.native_int8:
@@ -37,7 +42,7 @@ def use(kind: BackendKind) -> None:
                 raise SettingError(f"backend={kind.value}: {compiled.obstacle()}; use backend=torch")
         case BackendKind.triton:
             if without_triton() is not None:
-                raise SettingError(f"backend=triton: {without_triton()}; use backend=torch")
+                raise SettingError(f"backend=triton: {without_triton()}; use backend=auto or native")
         case _:
             pass
     _asked = kind
@@ -47,16 +52,27 @@ def use(kind: BackendKind) -> None:
 def using(kind: BackendKind) -> Iterator[None]:
     """For a while."""
     before = _asked
-    use(kind)
+    _ask(kind)
     try:
         yield
     finally:
-        use(before)
+        _ask(before)
 
 
 def of(tensor: Tensor) -> Backend:
     """The backend for a tensor: what was asked for where it serves the tensor's device and precision, else torch. Under autocast
-    products are rounded as it says; on the CPU they are torch's then."""
+    products are rounded as it says; on the CPU they are torch's then. The log says so where it is first needed."""
+    found = _serving(tensor)
+    _say(tensor.device, found.name)
+    return found
+
+
+@cache
+def _say(device: torch.device, name: str) -> None:
+    logger.info("sparse codes on %s by backend=%s", device, name)
+
+
+def _serving(tensor: Tensor) -> Backend:
     from nndecomp.decompositions.backends import pure
 
     if tensor.device.type == "cpu" and _asked in (BackendKind.auto, BackendKind.native, BackendKind.native_int8):
@@ -78,7 +94,7 @@ def row_updates(W: Tensor) -> type[RowUpdate] | None:
     """By which W may be moved without its gradient being written; null: its backend has nothing for that."""
     if W.dtype != torch.float32:
         return None
-    match of(W).name:
+    match _serving(W).name:
         case "native" | "native_int8":
             from nndecomp.decompositions.backends.native_rows import NativeRows
 
