@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 import sys
 import time
 from contextlib import closing
@@ -16,6 +17,7 @@ import pytest
 import torch
 from experiment_parts import REPO, start
 
+from nndecomp import build
 from nndecomp.build import throughput, throughput_floor, throughput_steps, throughput_systems
 from nndecomp.build.throughput_harvest import cut, evenly, in_turn
 from nndecomp.build.throughput_start import until_first_line
@@ -154,10 +156,17 @@ def test_systems_that_are_not_there_are_said_once_and_refused_when_named(
     cfg.throughput.systems = [nobody.name]
     with pytest.raises(SettingError, match="a_library_of_nobody_topk.* need .*a-library-of-nobody"):
         throughput.chosen(cfg.throughput, CPU)
-    cfg.throughput.systems = ["nobody_topk"]
-    with pytest.raises(SettingError, match="must be among nndecomp_torch_topk"):
-        throughput.chosen(cfg.throughput, CPU)
     cfg.throughput.systems = None
+
+
+@pytest.mark.parametrize("systems", [["nobody_topk"], []])
+def test_systems_that_nobody_knows_are_refused_before_anything_is_made(cfg: RunConfig, systems: list[str]):
+    assert cfg.throughput is not None
+    asked = replace(cfg, throughput=replace(cfg.throughput, systems=systems))
+    with pytest.raises(
+        SettingError, match="^" + re.escape(f"throughput.systems={systems} must be among nndecomp_torch_topk, ")
+    ):
+        build.check(asked)
 
 
 def test_growth_is_the_exponent_of_the_fitted_power():

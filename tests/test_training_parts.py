@@ -222,6 +222,13 @@ def test_a_line_says_how_far_how_fast_and_how_long_still(capsys: pytest.CaptureF
     assert last == "sae: 100 % (1.00k of 1.00k tokens), 80.0 tokens/s, loss 0.5"
 
 
+def test_a_line_counts_few_things_one_by_one(capsys: pytest.CaptureFixture[str]):
+    with Progress("own", 5, 0, unit="rounds") as progress:
+        progress.started -= 10
+        progress.advance(5)
+    assert capsys.readouterr().err == "own: 100 % (5 of 5 rounds), 0.50 rounds/s\n"
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(0.4, "0 s"), (59.0, "59 s"), (61.0, "1 min 01 s"), (3599.6, "1 h 00 min"), (7260.0, "2 h 01 min")],

@@ -14,6 +14,7 @@ from nndecomp.build.members import Member, decompositions, members
 from nndecomp.build.parameter_checks import check_parameters
 from nndecomp.build.presets import world
 from nndecomp.build.pursuing import check_pursuit
+from nndecomp.build.throughput_systems import check_systems
 from nndecomp.build.toy_settings import toy_settings
 from nndecomp.config.compose import load
 from nndecomp.config.schema import (
@@ -58,8 +59,10 @@ def check(cfg: RunConfig, trains: bool = False, patches: bool = True, needs_runs
         bool(cfg.runs) or not needs_runs,
         "runs=[] names no finished run; write 'runs=[output/<experiment>/<time>]'",
     )
-    device(cfg)
+    where = device(cfg)
     check_log(cfg.log)
+    if cfg.throughput is not None:
+        check_systems(cfg.throughput, where)
     if cfg.pretrain is not None:
         return  # the target is made by the run
     if cfg.toy is not None:

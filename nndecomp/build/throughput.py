@@ -11,7 +11,7 @@ import torch
 
 from nndecomp.build.settings import device
 from nndecomp.build.throughput_floor import amounts_on
-from nndecomp.build.throughput_systems import OURS, answering, systems
+from nndecomp.build.throughput_systems import HOW, OURS, answering, check_systems, systems
 from nndecomp.build.throughput_worker import FLOOR, LAYERS, STEP, Worker, size_of
 from nndecomp.config.schema import Activation, DType, RunConfig, SizeConfig, ThroughputConfig, require
 from nndecomp.config.throughput import OWN
@@ -29,22 +29,15 @@ def asked(cfg: RunConfig) -> ThroughputConfig:
 
 
 def chosen(cfg: ThroughputConfig, device: torch.device) -> list[str]:
-    """The systems to measure; SettingError for one that is named but not there, a sentence for one that merely could be."""
-    known = {name: systems()[name] for name in answering(cfg.question)}
-    missing = [name for name, system in known.items() if not system.installed and system.runs_on(device)]
-    of = sorted({known[name].library for name in missing})
-    how = "see experiments/exp_020_throughput/README.md for their environment, the extra `bench`"
-    if cfg.systems is None:
-        if missing:
-            logger.warning("%s cannot be imported and are left out; %s", " and ".join(of), how)
-        return [name for name in known if name not in missing and known[name].runs_on(device)]
-    unknown = [name for name in cfg.systems if name not in known]
-    require(not unknown, f"throughput.systems={unknown} must be among {', '.join(known)}")
-    native = [name for name in cfg.systems if str(known[name].backend).startswith("native") and device.type != "cpu"]
-    require(not native, f"throughput.systems={native} work on the CPU; write device=cpu")
-    absent = [name for name in cfg.systems if name in missing]
-    require(not absent, f"throughput.systems={absent} need {' and '.join(of)}, which cannot be imported; {how}")
-    return cfg.systems
+    """The systems to measure; a sentence on those that merely could be."""
+    if cfg.systems is not None:
+        check_systems(cfg, device)
+        return cfg.systems
+    could = {name: systems()[name] for name in answering(cfg.question) if systems()[name].runs_on(device)}
+    missing = sorted({system.library for system in could.values() if not system.installed})
+    if missing:
+        logger.warning("%s cannot be imported and are left out; %s", " and ".join(missing), HOW)
+    return [name for name, system in could.items() if system.installed]
 
 
 def timed_steps(cfg: RunConfig, out: Path) -> tuple[list[Times], list[Floor]]:
@@ -137,11 +130,15 @@ def _times(name: str, found: Found, size: str, floor: Floor, device: torch.devic
     return Times(systems()[name].subject, size, found.wall(STEP), cpu, found.peak_bytes, floor.wall, roofline)
 
 
+def _threads(n: int) -> str:
+    return "1 thread" if n == 1 else f"{n} threads"
+
+
 def _floor(found: Found, size: SizeConfig, name: str, cfg: RunConfig, device: torch.device) -> Floor:
     parts = {part: found.wall(part) for part in ("encoder", "optimiser", "copy", "cache", "product")}
     amounts = amounts_on(device)
     bits = 16 if cfg.training.autocast is DType.bfloat16 else 32
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{found.threads} threads"
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else _threads(found.threads)
     return Floor(
         name, size, **parts, copied=4 * amounts.copied, cached=4 * amounts.cached, side=amounts.side, bits=bits, on=on
     )

@@ -31,7 +31,8 @@ def agreements(cfg: RunConfig) -> list[Agreement]:
     for name in chosen(asked(cfg), where):
         by_activation.setdefault(systems()[name].activation, []).append(systems()[name])
     found = []
-    for named, size, batches in _rows(cfg):
+    for origin, size, batches in _rows(cfg):
+        named = origin if size.n_layers == 1 else f"{origin}, {size.n_layers} layers"
         training = replace(
             cfg.training, n_tokens=cfg.training.n_steps * size.batch_tokens, batch_tokens=size.batch_tokens
         )
@@ -43,7 +44,7 @@ def agreements(cfg: RunConfig) -> list[Agreement]:
             there = [batch.to(where) for batch in batches]
             dense = dense_losses(made, there, training), dense_losses(made, there, training, reverse=True)
             for system in own:
-                logger.info("%s, %s: %d steps of %s", named, size, training.n_steps, system.subject)
+                logger.info("%s, %s: %d steps of %s", origin, size, training.n_steps, system.subject)
                 with backends.using(BackendKind(system.backend)):
                     own_made = copy.deepcopy(made)
                     found.append(agreement(own_made, there, training, dense, named, str(system.backend)))
@@ -55,11 +56,7 @@ def _rows(cfg: RunConfig) -> Iterator[tuple[str, SizeConfig, Batches]]:
     throughput = asked(cfg)
     for name in throughput.at:
         size = size_of(cfg, name)
-        yield (
-            "synthetic" if size.n_layers == 1 else f"synthetic, {size.n_layers} layers",
-            size,
-            rows(size, throughput.n_batches, cfg.seed),
-        )
+        yield "synthetic", size, rows(size, throughput.n_batches, cfg.seed)
     target = target_of(cfg)
     (site, *more) = decomposed_sites(cfg, target.shape)
     require(

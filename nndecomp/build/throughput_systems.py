@@ -17,12 +17,15 @@ from nndecomp.config.schema import (
     Penalty,
     Question,
     Reconstruction,
+    ThroughputConfig,
+    require,
 )
 from nndecomp.decompositions.backends import compiled, without_triton
 from nndecomp.evaluation.timing import Subject
 
 OURS = "nndecomp"
 PAIRS = "dense_pairs"
+HOW = "see experiments/exp_020_throughput/README.md for their environment, the extra `bench`"
 DENSE = "dense"  # as it is written with autograd alone: two products, a sort's k largest, every gradient written
 
 
@@ -109,3 +112,20 @@ def answering(question: Question) -> list[str]:
             return own
         case Question.step:
             return [name for name, each in systems().items() if each.variant != PAIRS]
+
+
+def check_systems(cfg: ThroughputConfig, device: torch.device) -> None:
+    """SettingError for a system that is named but not there."""
+    if cfg.systems is None:
+        return
+    known = {name: systems()[name] for name in answering(cfg.question)}
+    unknown = [name for name in cfg.systems if name not in known]
+    require(
+        len(cfg.systems) > 0 and not unknown,
+        f"throughput.systems={unknown} must be among {', '.join(known)}, or null",
+    )
+    native = [name for name in cfg.systems if str(known[name].backend).startswith("native") and device.type != "cpu"]
+    require(not native, f"throughput.systems={native} work on the CPU; write device=cpu")
+    absent = [name for name in cfg.systems if not known[name].installed]
+    of = sorted({known[name].library for name in absent})
+    require(not absent, f"throughput.systems={absent} need {' and '.join(of)}, which cannot be imported; {HOW}")

@@ -21,6 +21,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {whole:02} s" if minutes else f"{whole} s"
 
 
+def amount_of(n: int) -> str:
+    """5, 400, 1.64k, 2.10M."""
+    return str(n) if n < 1000 else tqdm.format_sizeof(n)
+
+
 class Progress:
     def __init__(self, description: str, n_tokens: int, done_tokens: int, unit: str = "tokens") -> None:
         """done_tokens: those of earlier starts of the same run, which count for how far but not for how fast."""
@@ -33,7 +38,7 @@ class Progress:
             initial=done_tokens,
             desc=description,
             unit={"tokens": "tok"}.get(unit, f" {unit}"),
-            unit_scale=True,
+            unit_scale=n_tokens >= 1000,
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
@@ -62,12 +67,13 @@ class Progress:
     def say(self) -> None:
         self.spoken = time.monotonic()
         speed = (self.done - self.first) / (self.spoken - self.started)
-        size = tqdm.format_sizeof
         left = (
             [f"{duration((self.n_tokens - self.done) / speed)} left"] if speed > 0 and self.done < self.n_tokens else []
         )
-        amount = f"{100 * self.done // self.n_tokens} % ({size(self.done)} of {size(self.n_tokens)} {self.unit})"
-        parts = [amount, f"{size(speed)} {self.unit}/s", *left, *([self.note] if self.note else [])]
+        amount = (
+            f"{100 * self.done // self.n_tokens} % ({amount_of(self.done)} of {amount_of(self.n_tokens)} {self.unit})"
+        )
+        parts = [amount, f"{tqdm.format_sizeof(speed)} {self.unit}/s", *left, *([self.note] if self.note else [])]
         print(f"{self.description}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 
