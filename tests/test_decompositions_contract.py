@@ -23,6 +23,7 @@ from decomposition_parts import (
 from reference.dictionary import forward as slow_forward
 
 from nndecomp.config.schema import Activation, Architecture, Scope
+from nndecomp.decompositions import encoding
 from nndecomp.decompositions.codes import DenseCodes, SparseCodes
 from nndecomp.decompositions.groups import SparseDictionary
 
@@ -59,6 +60,27 @@ def test_encode_then_decode_is_forward_and_equals_loops_over_dense_matrices(sett
         assert torch.equal(made.decode(made.encode(x), x), y_hat)
         torch.testing.assert_close(y_hat, slow_forward(made, x))
         assert int(codes.counts().sum()) == sum(int((group.dense() != 0).sum()) for group in codes)
+
+
+@pytest.mark.parametrize("encoder", [{}, GLU], ids=["linear", "glu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_centre_learns_the_same_from_rows_that_want_no_gradient(activation, encoder, monkeypatch):
+    """Where rows are given its gradient is one product, -(sum over tokens of dL/dz) W_enc, of no row alone."""
+    monkeypatch.setattr(encoding, "_DENSE", 1.0)  # entries are listed however many they are
+    made = settled(**ARCHITECTURES["centred_sae"], **ACTIVATIONS[activation], **encoder).train()
+    x = inputs(made, 300)
+    weights = torch.randn(300, made.write_layout.width, dtype=torch.float64)
+    learnt = []
+    for wanted in (False, True):
+        made.zero_grad()
+        y_hat, codes = made(x.clone().requires_grad_(wanted))
+        assert all(isinstance(own, SparseCodes) for own in codes)
+        (y_hat.square() * weights).sum().backward()
+        learnt.append({name: own.grad for name, own in made.named_parameters()})
+    given, followed = learnt
+    assert given["b_dec"].norm() > 0
+    for name, gradient in followed.items():
+        torch.testing.assert_close(given[name], gradient)
 
 
 def test_gradients_equal_those_of_dense_matrices(settings):

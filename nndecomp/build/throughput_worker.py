@@ -122,12 +122,12 @@ def serve(config: str, size_name: str, name: str) -> None:
 
 
 def timed(made: Parts, device: torch.device = CPU, steps: int = 1) -> dict[str, dict[str, float]]:
-    """Seconds of one of `steps` steps. A GPU is waited for at both ends, and is given back what is kept for later between turns,
-    because others have theirs there; so a step that allocates it goes before."""
+    """Seconds of one of `steps` steps, after one that is not counted: it finds caches as others left them. A GPU is waited for at
+    both ends, and is given back what is kept for later between turns, because others have theirs there."""
     wall, cpu = {}, {}
     for part, run in made.items():
+        run()
         if device.type == "cuda":
-            run()
             torch.cuda.synchronize(device)
         started, spent = time.perf_counter(), time.process_time()
         for _ in range(steps):

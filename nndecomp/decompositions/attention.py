@@ -131,7 +131,10 @@ class PatternEncoder(LinearEncoder):
             parts.append(x[:, pattern * d : (pattern + 1) * d] @ self.W_enc[own].T)
         return torch.cat(parts, 1)
 
-    def at(self, x: Float[Tensor, "token carried"], found: Found) -> Float[Tensor, "slot"]:
+    def at(
+        self, x: Float[Tensor, "token carried"], found: Found, centre: Float[Tensor, "d_read"] | None
+    ) -> Float[Tensor, "slot"]:
+        assert centre is None, "sequences carry their centre's gradient themselves"
         rows = x.reshape(len(x) * self.n_patterns, -1)
         (values,) = found.values
         return _AtPatterns.apply(rows, self.W_enc, self.b_enc, values, found.support, self.n_patterns)  # pyright: ignore[reportReturnType]

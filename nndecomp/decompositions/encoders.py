@@ -45,10 +45,15 @@ class LinearEncoder(nn.Module):
     ) -> Float[Tensor, "token _"]:
         return self.combine(*self.affine(x, features))
 
-    def at(self, x: Float[Tensor, "token d_read"], found: Found) -> Float[Tensor, "slot"]:
-        """Pre-activations of active entries alone; gradients reach no others. `found` has the outputs of `maps`, which carry none."""
+    def at(
+        self, x: Float[Tensor, "token d_read"], found: Found, centre: Float[Tensor, "d_read"] | None
+    ) -> Float[Tensor, "slot"]:
+        """Pre-activations of active entries alone; gradients reach no others. `found` has the outputs of `maps`, which carry none.
+        `centre`: see `kernels.active_pre`."""
         parts = zip(self.maps, found.values, strict=True)
-        return self.combine(*(kernels.active_pre(x, W, b, Selected(found.support, own)) for (W, b), own in parts))
+        return self.combine(
+            *(kernels.active_pre(x, W, b, Selected(found.support, own), centre) for (W, b), own in parts)
+        )
 
     @torch.no_grad()
     def fold(self, s: Float[Tensor, "d_read"], m: Float[Tensor, "d_read"]) -> Float[Tensor, "feature"]:

@@ -24,6 +24,8 @@ from nndecomp.decompositions.support import Selected, Support, split_slots
 # a few more, of batches of at least _MANY.
 _DENSE, _SAMPLE, _MANY = 0.05, 32, 256
 Inputs = Sequence[Float[Tensor, "token _"]]
+# What was taken away from what a group reads, if that alone is trained: null, where rows want a gradient, or nothing was taken.
+Centres = Sequence[Float[Tensor, "_"] | None]
 Made = TypeVar("Made")
 
 
@@ -35,6 +37,7 @@ def encode(
     scales: Scales,
     together: Sequence[Sequence[int]],
     whole: bool,
+    centres: Centres,
 ) -> Encoding:
     """Of `banks`, which are the groups of these numbers. `together`: which of them, by number, pursue jointly. `whole`: see
     `SparseDictionary.encoding`."""
@@ -42,9 +45,9 @@ def encode(
         case Pointwise():
             learns = torch.is_grad_enabled()
             near = None if whole else _near(activation, banks, inputs, groups, scales, learns)
-            return _pointwise(activation, banks, inputs, groups, scales, near)
+            return _pointwise(activation, banks, inputs, groups, scales, near, centres)
         case Ranking():
-            return _ranked(activation, banks, inputs, groups, scales)
+            return _ranked(activation, banks, inputs, groups, scales, centres)
         case MatchingPursuit():
             return Encoding(_pursued(activation, banks, inputs, groups, together), scales, None)
         case other:
@@ -67,13 +70,14 @@ def _pointwise(
     groups: Sequence[int],
     scales: Scales,
     near: list[Selected] | list[Found] | None,
+    centres: Centres,
 ) -> Encoding:
     """Of the entries that are `near`, or of all."""
     pres: list[GroupCodes]
     if near is None:
         pres = [DenseCodes(pre) for pre in _by_encoder(banks, inputs, lambda bank, x: bank.pre_activations(x))]
     else:
-        pres = [_active(bank, x, own) for bank, x, own in zip(banks, inputs, near, strict=True)]
+        pres = [_active(*own) for own in zip(banks, inputs, near, centres, strict=True)]
     each = zip(pres, groups, scales, banks, strict=True)
     codes = [like(pre, lambda z, at, g=g, c=c, b=bank.b_enc: activation(z, g, c, b, at)) for pre, g, c, bank in each]
     gates = None
@@ -125,17 +129,21 @@ def _affine(banks: Sequence[Group], inputs: Inputs, scales: Scales) -> list[Affi
     return [Affine(x, bank.W_enc, bank.b_enc, c) for x, bank, c in each]
 
 
-def _active(bank: Group, x: Float[Tensor, "token d_read"], own: Selected | Found) -> SparseCodes:
+def _active(
+    bank: Group, x: Float[Tensor, "token d_read"], own: Selected | Found, centre: Float[Tensor, "d_read"] | None
+) -> SparseCodes:
     """Pre-activations of what is active; gradients reach no others."""
     found = Found(own.support, (own.values,)) if isinstance(own, Selected) else own
-    return SparseCodes(bank.linear_encoder.at(x, found), found.support)
+    # The centre's gradient needs that of no row: a sum over all that is active is saved.
+    seen = x if centre is None else x.detach()
+    return SparseCodes(bank.linear_encoder.at(seen, found, centre), found.support)
 
 
 def _ranked(
-    activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales
+    activation: Ranking, banks: Sequence[Group], inputs: Inputs, groups: Sequence[int], scales: Scales, centres: Centres
 ) -> Encoding:
     found = _selected(activation, banks, inputs, groups, scales)
-    codes = [_active(bank, x, own) for bank, x, own in zip(banks, inputs, found, strict=True)]
+    codes = [_active(*own) for own in zip(banks, inputs, found, centres, strict=True)]
     if not activation.signed:
         # A negative pre-activation among the k largest becomes 0, which is not active.
         codes = [replace(own, values=own.values.relu()) for own in codes]

@@ -113,9 +113,9 @@ class SparseDictionary(Pretrained, Decomposition):
 
     def read(self, x: RowsOrSequences, group: int) -> Float[Tensor, "token _"]:
         """What one group's encoder sees of x."""
-        return self.seen(x[:, self.banks[group].reads], group)
+        return self._seen(x[:, self.banks[group].reads], group)
 
-    def seen(self, read: RowsOrSequences, group: int) -> Float[Tensor, "token _"]:
+    def _seen(self, read: RowsOrSequences, group: int) -> Float[Tensor, "token _"]:
         """The same, of what the group reads."""
         bank = self.banks[group]
         return bank.seen(read - self.b_dec[bank.reads] if self.centres else read)
@@ -132,15 +132,20 @@ class SparseDictionary(Pretrained, Decomposition):
             width, sites = self.read_layout.width, ", ".join(map(str, self.read_layout.sites))
             assert x.shape[1] == width, f"rows of {x.shape[1]} numbers, but {sites} have {width} side by side"
         groups = range(len(self.groups))
-        return self.encode_groups([self.read(x, g) for g in groups], groups, whole)
+        return self.encode_groups([x[:, self.banks[g].reads] for g in groups], groups, whole)
 
-    def encode_groups(
-        self, inputs: Sequence[Float[Tensor, "token _"]], groups: Sequence[int], whole: bool = False
-    ) -> Encoding:
-        """Some groups, from what each of them reads, centred where that is asked for."""
+    def encode_groups(self, reads: Sequence[RowsOrSequences], groups: Sequence[int], whole: bool = False) -> Encoding:
+        """Some groups, from what each of them reads."""
+        each, banks = list(zip(reads, groups, strict=True)), [self.banks[g] for g in groups]
+        inputs, centres = [self._seen(*own) for own in each], [self._centre(*own) for own in each]
         scales = [self.scale(g) for g in groups]
         joint = [each for each in self.together if set(each) <= set(groups)]
-        return encode(self.activation, [self.banks[g] for g in groups], inputs, groups, scales, joint, whole)
+        return encode(self.activation, banks, inputs, groups, scales, joint, whole, centres)
+
+    def _centre(self, read: RowsOrSequences, group: int) -> Float[Tensor, "d_read"] | None:
+        """What is taken away from rows that want no gradient."""
+        rows_are_given = isinstance(read, Tensor) and not read.requires_grad
+        return self.b_dec[self.banks[group].reads] if self.centres and rows_are_given else None
 
     def active(self, encoding: Encoding) -> list[GroupCodes]:
         """Of jumprelu: 1 where a feature is active, with the straight-through gradient of its threshold."""

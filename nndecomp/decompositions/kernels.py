@@ -54,7 +54,7 @@ def _precision(of: Tensor) -> AbstractContextManager[Any]:
 class _ActivePre(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, support: Support
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, support: Support, centre: Tensor | None
     ) -> Float[Tensor, "slot"]:
         ctx.save_for_backward(x, W_enc)
         ctx.support, ctx.precision = support, _precision(x)
@@ -65,12 +65,14 @@ class _ActivePre(torch.autograd.Function):
         (grad,) = grads
         x, W_enc = ctx.saved_tensors
         support: Support = ctx.support
-        need_x, need_W, need_b, *_ = ctx.needs_input_grad
+        need_x, need_W, _, _, _, need_centre = ctx.needs_input_grad
         with ctx.precision:
             grad_x = bag(support, W_enc, grad) if need_x else None
             grad_W = row_gradients.gradient(W_enc, support, x, grad) if need_W else None
-        grad_b = grad.new_zeros(support.n_features).index_add_(0, support.indices, grad) if need_b else None
-        return grad_x, grad_W, grad_b, None, None
+        grad_b = grad.new_zeros(support.n_features).index_add_(0, support.indices, grad)
+        # As a pre-activation falls by W_enc . centre: one product for all tokens.
+        grad_centre = -(grad_b.to(W_enc.dtype) @ W_enc) if need_centre else None
+        return grad_x, grad_W, grad_b, None, None, grad_centre
 
 
 def active_pre(
@@ -78,11 +80,13 @@ def active_pre(
     W_enc: Float[Tensor, "feature d_read"],
     b_enc: Float[Tensor, "feature"],
     selected: Selected,
+    centre: Float[Tensor, "d_read"] | None = None,
 ) -> Float[Tensor, "slot"]:
-    """The pre-activations that were selected, with the gradient of x @ W_enc.T + b_enc; `selected` itself carries none."""
+    """The pre-activations that were selected, with the gradient of x @ W_enc.T + b_enc; `selected` itself carries none. With a
+    `centre`, x is something else minus that, and needs no gradient of its own."""
     values = selected.values
     assert not values.requires_grad, "pre-activations are differentiated through x, W_enc and b_enc, not through values"
-    return _ActivePre.apply(x, W_enc, b_enc, values, selected.support)  # pyright: ignore[reportReturnType]
+    return _ActivePre.apply(x, W_enc, b_enc, values, selected.support, centre)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)

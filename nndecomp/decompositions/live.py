@@ -57,8 +57,7 @@ class DictionaryRun:
         dictionary = self._dictionary
         reads = [[self._values[read] for read in dictionary.spec.groups[g].reads] for g in groups]
         inputs = [beside(values) if len(values) > 1 else values[0] for values in reads]
-        seen = [dictionary.seen(x, g) for x, g in zip(inputs, groups, strict=True)]
-        encoded = dictionary.encode_groups(seen, groups).codes
+        encoded = dictionary.encode_groups(inputs, groups).codes
         for g, x, codes in zip(groups, inputs, encoded, strict=True):
             bank = dictionary.banks[g]
             self._codes[g] = codes

@@ -86,7 +86,8 @@ class DictionaryObjective(nn.Module):
     def split(self, rows: RowsOrSequences) -> tuple[RowsOrSequences, Float[Tensor, "token d_writes"]]:
         """What is read, in sequences where it must be, and what is to be written, in the units of training."""
         x = self.reads(rows)
-        return x if self.dictionary.needs_sequences else rows_of(x), rows_of(self.writes(rows))
+        y = x if self.reads.layout == self.writes.layout else self.writes(rows)
+        return x if self.dictionary.needs_sequences else rows_of(x), rows_of(y)
 
     def start(self, rows: RowsOrSequences, target: Target | None = None, seed: int = 0) -> None:
         """What the settings say about the start, from rows and the target's own weights; once, before the first step. Without

@@ -93,29 +93,41 @@ class TokenBest:
 
 
 def largest(keys: Float[Tensor, "token feature"], k: int) -> Int[Tensor, "token k"]:
-    """The features of the k largest of every row, in no order; of equal ones the first.
-
-    Exact in two levels: the k largest entries lie within the k groups that have the largest maxima.
-    """
-    n_features = keys.shape[1]
-    n_groups = _groups(n_features, k)
-    if n_groups < n_features:
-        groups = keys.unflatten(1, (-1, n_groups))  # feature f is in group f mod n_groups: maxima of whole vectors
-        maxima = groups.amax(1)
-        best = maxima.topk(k, sorted=False).indices
-        candidates = groups.gather(2, best[:, None, :].expand(-1, groups.shape[1], -1)).flatten(1)
-        values, within = candidates.topk(k, sorted=False)
-        indices = within // k * n_groups + best.gather(1, within % k)
-    else:
-        maxima = candidates = keys
-        values, indices = keys.topk(k, sorted=False)
-    smallest = values.amin(1, keepdim=True)
-    # More than k that are as large, among groups or within those looked at: the smallest of them has equals.
-    tied = ((maxima >= smallest).sum(1) > k) | ((candidates >= smallest).sum(1) > k)
+    """The features of the k largest of every row, in no order; of equal ones the first."""
+    # Again of maxima and of candidates; on a GPU launches would cost more than they save.
+    best = _best(keys, k, levels=2 if keys.device.type == "cpu" else 1)
+    smallest = best.values.amin(1, keepdim=True)
+    # More than k that are as large: the smallest of them has equals.
+    tied = torch.stack([(each >= smallest).sum(1) for each in best.looked_at]).amax(0) > k
     rows = tied.nonzero().squeeze(1)
     if len(rows):
-        indices[rows] = _first_of_equals(keys[rows], smallest[rows], k)
-    return indices
+        best.indices[rows] = _first_of_equals(keys[rows], smallest[rows], k)
+    return best.indices
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The k largest of every row; which of equal ones is left open. None other is as large if of no matrix in `looked_at` more than k
+    entries of the row are."""
+
+    indices: Int[Tensor, "token k"]
+    values: Float[Tensor, "token k"]
+    looked_at: Sequence[Float[Tensor, "token _"]]
+
+
+def _best(keys: Float[Tensor, "token feature"], k: int, levels: int) -> _Best:
+    """Exact in two levels, or more: the k largest entries lie within the k groups that have the largest maxima."""
+    n_groups = _groups(keys.shape[1], k)
+    if levels == 0 or n_groups == keys.shape[1]:
+        values, indices = keys.topk(k, sorted=False)
+        return _Best(indices, values, [keys])
+    groups = keys.unflatten(1, (-1, n_groups))  # feature f is in group f mod n_groups: maxima of whole vectors
+    maxima = groups.amax(1)
+    best = _best(maxima, k, levels - 1).indices
+    candidates = groups.gather(2, best[:, None, :].expand(-1, groups.shape[1], -1)).flatten(1)
+    found = _best(candidates, k, levels - 1)
+    indices = found.indices // k * n_groups + best.gather(1, found.indices % k)
+    return _Best(indices, found.values, [maxima, candidates])
 
 
 def _groups(n_features: int, k: int) -> int:

@@ -31,7 +31,20 @@ Shape = Sequence[int]
 # (5); AdamW and Muon shrink the parameter too (2); Signum moves one momentum (3) and adds its sign (3). Muon's products are counted.
 UPDATE = {Optimizer.adam: 14, Optimizer.adamw: 16, Optimizer.sign: 8, Optimizer.muon: 9}
 # Parts of names of operations that cost more than the size of a tensor: met without a formula, they stop the count.
-COSTLY = ("attention", "embedding_bag", "mm", "conv", "linalg", "addmv", "cdist", "bilinear", "lstm", "gru", "fft")
+COSTLY = (
+    "attention",
+    "embedding_bag",
+    "mm",
+    "linear",
+    "conv",
+    "linalg",
+    "addmv",
+    "cdist",
+    "bilinear",
+    "lstm",
+    "gru",
+    "fft",
+)
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
@@ -61,6 +74,10 @@ def _product_added(start: Shape, a: Shape, b: Shape, *args: Any, **kwargs: Any) 
     return 2 * prod(a)
 
 
+def _linear(x: Shape, W: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(x) * W[0]
+
+
 _OPS = torch.ops.aten
 # What torch's own counter passes over.
 FORMULAS: dict[Any, Callable[..., int]] = {
@@ -72,6 +89,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     _OPS.mv: _product,
     _OPS.dot: _product,
     _OPS.addmv: _product_added,
+    **({torch.ops.mkldnn._linear_pointwise: _linear} if torch.backends.mkldnn.is_available() else {}),
 }
 
 

@@ -87,8 +87,17 @@ def _compete(of: Affine, competition: Competition, base: int = 0) -> None:
 
 
 def pre_and_score(of: Affine) -> tuple[Float[Tensor, "token feature"], Float[Tensor, "token feature"]]:
-    pre = F.linear(of.x, of.W, of.b)
+    pre = _linear(of)
     return pre, pre if of.c is None else pre * of.c
+
+
+def _linear(of: Affine) -> Float[Tensor, "token feature"]:
+    """x @ W.T + b. In float32 on the CPU by oneDNN, which took 361 ms of an AMD EPYC where the library that torch asks took 400
+    (2048 rows, 12,288 features, d 768)."""
+    plain = of.x.device.type == "cpu" and of.x.dtype == of.W.dtype == torch.float32
+    if plain and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(of.x, of.W, of.b, "none", [], "")
+    return F.linear(of.x, of.W, of.b)
 
 
 def _bag(
