@@ -210,7 +210,7 @@ def patched_logits(
         )
         replaced = target.patch(pasted(batch, {site: rows[site] for site in sites}))
     else:
-        replaced = inside.inside(mode, batch, sites, None)
+        replaced = inside.inside(mode, batch, sites)
     with replaced:
         return target.logits(batch.tokens)
 

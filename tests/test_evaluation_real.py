@@ -234,3 +234,45 @@ def test_several_methods_measured_together_share_their_references(target):
     assert passes == 1 + 2 + 2 * len(parts)  # clean, zero and mean, then clean and live of each
     zero = {name: value(rows, "ce_zero", "none") for name, rows in found.items()}
     assert len(set(zero.values())) == 1
+
+
+@pytest.mark.parametrize("kind", ["per_layer", "cross_layer", "neurons", "one_layer", "saes"])
+def test_what_stands_before_the_first_replaced_layer_is_computed_once_and_changes_no_bit(target, kind):
+    def made(reads: Sequence[Site], cross: bool, layers: Sequence[int] = range(N_LAYERS)) -> SparseDictionary:
+        groups = [GroupSpec(f"L{i}", (reads[i],), OUTS[i:] if cross else (OUTS[i],), 12) for i in layers]
+        return randomly_filled(dictionary(groups, ActivationSpec(Activation.topk, k=(2,) * len(groups))))
+
+    part = {
+        "per_layer": lambda: made(INS, False),
+        "cross_layer": lambda: made(INS, True),
+        "neurons": lambda: NeuronBaseline(target, range(N_LAYERS), [4] * N_LAYERS),
+        "one_layer": lambda: made(INS, False, [2]),
+        "saes": lambda: made(OUTS, False),
+    }[kind]()
+    computed = 0
+
+    def count(block: torch.nn.Module) -> None:
+        forward = block.mlp.forward
+
+        def counted(x: Tensor) -> Tensor:
+            nonlocal computed
+            computed += 1
+            return forward(x)
+
+        block.mlp.forward = counted
+
+    for block in target.model.h:
+        count(block)
+    cfg = replace(CFG, batch_seqs=6)
+    means = means_of(target)
+    found = {}
+    for late in (True, False):
+        target.begins_late, computed = late, 0
+        heldout, keep = text()
+        rows = evaluate(target, [part], heldout, keep, means, cfg, seed=0)
+        found[late] = rows, computed
+    assert found[True][0] == found[False][0]
+    # Clean, then zero, mean, clean and live of each set: 0, 1, 2, 01 and 012, or of 2 alone.
+    n_sets, saved = (1, 2) if kind == "one_layer" else (5, 1 + 2)
+    assert found[False][1] == N_LAYERS * (1 + 4 * n_sets)
+    assert found[True][1] == found[False][1] - 4 * saved

@@ -182,6 +182,8 @@ def test_in_place_of_attention_it_changes_nothing_clean_or_live() -> None:
     cfg = EvaluationConfig(n_seqs=6, batch_seqs=4, inputs=list(Inputs), patched=list(Patched), bootstrap=20)
     means = {site: torch.zeros(8) for site in made.writes}
     rows = evaluate(target, [made], heldout, keep, means, cfg, seed=0)
+    target.begins_late = False
+    assert rows == evaluate(target, [made], heldout, keep, means, cfg, seed=0), "layers before are as they were"
     found = {(r.metric, r.inputs): r.value for r in rows if r.site == "all"}
     for inputs in ("clean", "live"):
         assert abs(found["fvu", inputs]) < 1e-8 and abs(found["kl", inputs]) < 1e-8

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import FAMILIES, save_tiny_model, tiny_tokens
+from tiny_models import FAMILIES, begins_at_every_layer, save_tiny_model, tiny_tokens
 from torch import Tensor, nn
 
 from nndecomp.config.target import DType, TargetConfig, TargetKind
@@ -158,6 +158,10 @@ def test_everything_replaced_by_itself_at_once_leaves_logits_bit_identical(targe
     before = target.logits(TOKENS)
     with target.patch({site: lambda value: value + 0 for site in all_sites(target)}):
         assert torch.equal(target.logits(TOKENS), before)
+
+
+def test_a_pass_begun_at_a_layer_has_every_bit_of_a_whole_one(target: Target) -> None:
+    begins_at_every_layer(target, TOKENS)
 
 
 def logits_with_zeroed(directory: Path, zeroed: Callable[[str], bool]) -> Tensor:

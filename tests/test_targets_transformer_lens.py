@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_tiny_model, tiny_tokens
+from tiny_models import begins_at_every_layer, save_tiny_model, tiny_tokens
 from torch import Tensor
 
 from nndecomp.config.target import TargetConfig, TargetKind
@@ -72,6 +72,10 @@ def test_replacing_a_site_by_itself_leaves_logits_bit_identical(bridge: Target) 
     for site in all_sites(bridge):
         with bridge.patch({site: lambda value: value.clone()}):
             assert torch.equal(bridge.logits(TOKENS), before), site
+
+
+def test_a_pass_begun_at_a_layer_has_every_bit_of_a_whole_one(bridge: Target) -> None:
+    begins_at_every_layer(bridge, TOKENS)
 
 
 def test_a_stopped_pass_leaves_nothing_behind(bridge: Target) -> None:

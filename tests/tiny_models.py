@@ -1,8 +1,12 @@
 """Random models of a few thousand weights, one of every supported family, written to a directory with a tokenizer."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
+
+from nndecomp.targets.base import Target
+from nndecomp.types import Point, Site
 
 N_VOCAB = 80
 
@@ -70,3 +74,31 @@ def save_tiny_model(family: str, directory: Path, **sizes: int) -> Path:
 
 def tiny_tokens(n_seqs: int = 3, n_pos: int = 9) -> torch.Tensor:
     return torch.randint(1, N_VOCAB, (n_seqs, n_pos), generator=torch.Generator().manual_seed(1))
+
+
+def _note(passed: list[int], layer: int, value: torch.Tensor) -> None:
+    passed.append(layer)
+
+
+def begins_at_every_layer(target: Target, tokens: torch.Tensor) -> None:
+    """A pass begun at a layer has every bit of a whole one, twice, and computes nothing of the layers before."""
+    shape = target.shape.of(None)
+    last = shape.n_layers - 1
+    changed = {Site(last, Point.mlp_out): torch.zeros_like}
+    if Point.resid_mid in shape.points:
+        changed[Site(last, Point.resid_mid)] = lambda value: 0.5 * value
+    untouched = target.logits(tokens)
+    with target.patch(changed):
+        expected = target.logits(tokens)
+    assert not torch.equal(untouched, expected)
+    for layer in range(1, shape.n_layers):
+        site = Site(layer, Point.resid_pre)
+        residual = target.record(tokens, [site])[site]
+        before, passed = residual.clone(), []
+        watched = {Site(i, Point.mlp_out): partial(_note, passed, i) for i in range(last)}
+        for _ in range(2):
+            with target.begun(layer, residual), target.patch({**watched, **changed}):
+                assert torch.equal(target.logits(tokens), expected), site
+        assert torch.equal(residual, before)
+        assert passed == 2 * list(range(layer, last))
+    assert torch.equal(target.logits(tokens), untouched)

@@ -8,11 +8,13 @@ Only kept positions are replaced: the others (padding, BOS) hold activations tha
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nndecomp.activations.sequences import RowsOrSequences
 from nndecomp.activations.sequences import Sequences as WholeSequences
 from nndecomp.decompositions.base import LiveRun
 from nndecomp.targets.base import Replace
@@ -64,17 +66,24 @@ def pasted(batch: Sequences, rows: Mapping[Site, Float[Tensor, "token width"]]) 
     return {site: paste(site) for site in rows}
 
 
+# What arrives at a site, and whether it is wanted at all positions.
+Known = tuple[Site, bool]
 # Told of every replacement of a live run: the site, what arrived there, what replaced it.
 Witness = Callable[[Site, Tensor, Tensor], None]
 
 
 def live(
-    batch: Sequences, decompositions: Sequence[Answering], sites: Sequence[Site], witness: Witness | None = None
+    batch: Sequences,
+    decompositions: Sequence[Answering],
+    sites: Sequence[Site],
+    witness: Witness | None = None,
+    known: Mapping[Known, RowsOrSequences] = MappingProxyType({}),
 ) -> tuple[dict[Site, Replace], list[LiveRun]]:
     """Replacements at `sites` computed inside the patched run, and the runs that compute them.
 
     A decomposition reads a site before it writes it, and reads what others have written there: whatever leaves the
-    site. Sites that are written but not in `sites` keep the target's own value, while features are read everywhere.
+    site. Sites that are written but not in `sites` keep the target's own value, while features are read everywhere: at
+    once where it is `known` what arrives, before the first of `sites`.
     """
     runs = [each.live_run() for each in decompositions]
     writer = {site: run for each, run in zip(decompositions, runs, strict=True) for site in each.writes}
@@ -83,6 +92,10 @@ def live(
     for each, run in zip(decompositions, runs, strict=True):
         for site in each.reads:
             readers.setdefault(site, []).append(run)
+
+    for site in [site for site in sorted(readers) if (site, False) in known]:
+        for run in readers.pop(site):
+            run.read(site, known[site, id(run) in attending])
 
     def visit(site: Site) -> Replace:
         def replace(value: Tensor) -> Tensor | None:

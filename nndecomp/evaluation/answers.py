@@ -15,7 +15,7 @@ from nndecomp.decompositions.spd.adversary import Sources
 from nndecomp.decompositions.spd.gated import GatedParameters
 from nndecomp.decompositions.spd.gates import GateKind
 from nndecomp.evaluation.masking import Condition, masked_runs, shared_sources
-from nndecomp.evaluation.patching import Batch, CleanRun
+from nndecomp.evaluation.patching import Batch, CleanRun, patched
 from nndecomp.targets.base import Replace, Target
 from nndecomp.types import Site
 
@@ -30,11 +30,16 @@ class Answers(Protocol):
         ...
 
     def inside(
-        self, inputs: Inputs, batch: Batch, sites: Sequence[Site], witness: Witness | None
+        self,
+        inputs: Inputs,
+        batch: Batch,
+        sites: Sequence[Site],
+        witness: Witness | None = None,
+        clean: CleanRun | None = None,
     ) -> AbstractContextManager[Actives]:
-        """Within the block the target runs with `sites` replaced; afterwards what is yielded says what was active, and the
-        witness has been told of every site: what arrived there, or would have been there undisturbed given what the part
-        that writes it read, and what replaced it."""
+        """Within the block the target runs with `sites` replaced, from where `clean` lets it begin; afterwards what is yielded
+        says what was active, and the witness has been told of every site: what arrived there, or would have been there
+        undisturbed given what the part that writes it read, and what replaced it."""
         ...
 
     def look_ahead(self, batches: Callable[[], Iterable[Batch]], cfg: MasksConfig, seed: int) -> None:
@@ -77,10 +82,18 @@ class ActivationAnswers:
         return rows, actives
 
     @contextmanager
-    def inside(self, inputs: Inputs, batch: Batch, sites: Sequence[Site], witness: Witness | None) -> Iterator[Actives]:
+    def inside(
+        self,
+        inputs: Inputs,
+        batch: Batch,
+        sites: Sequence[Site],
+        witness: Witness | None = None,
+        clean: CleanRun | None = None,
+    ) -> Iterator[Actives]:
         assert inputs is Inputs.live, f"activations are not decomposed with inputs={inputs.value} inside a run"
-        replacements, runs = live(batch, self.decompositions, sites, witness)
-        with self.target.patch(replacements):
+        known = {} if clean is None else clean.before(sites)
+        replacements, runs = live(batch, self.decompositions, sites, witness, known)
+        with self.target.patch(replacements) if clean is None else patched(self.target, clean, replacements):
             yield lambda: [run.active() for run in runs]
 
     def look_ahead(self, batches: Callable[[], Iterable[Batch]], cfg: MasksConfig, seed: int) -> None:
@@ -109,7 +122,14 @@ class ParameterAnswers:
         return rows, [active]
 
     @contextmanager
-    def inside(self, inputs: Inputs, batch: Batch, sites: Sequence[Site], witness: Witness | None) -> Iterator[Actives]:
+    def inside(
+        self,
+        inputs: Inputs,
+        batch: Batch,
+        sites: Sequence[Site],
+        witness: Witness | None = None,
+        clean: CleanRun | None = None,
+    ) -> Iterator[Actives]:
         parameters = self.parameters
         gates = parameters.gates(batch.tokens) if inputs is Inputs.clean_gates else None
         arrived: dict[Site, Tensor] = {}  # whole, at read sites

@@ -8,8 +8,8 @@ decomposition was asked to explain. Predictions are scored wherever the next tok
     live         written sites become the reconstruction computed from what arrives inside the patched run
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -22,10 +22,10 @@ from nndecomp.activations.sequences import RowsOrSequences, beside
 from nndecomp.activations.sequences import Sequences as WholeSequences
 from nndecomp.config.schema import Patched
 from nndecomp.decompositions.base import Decomposition
-from nndecomp.decompositions.replacing import Sequences
+from nndecomp.decompositions.replacing import Known, Sequences
 from nndecomp.evaluation.bootstrap import Ratio
 from nndecomp.targets.base import Replace, Target
-from nndecomp.types import Site
+from nndecomp.types import Point, Site
 
 _HELD = 1 << 27  # 512 MiB
 
@@ -113,6 +113,7 @@ class CleanRun:
     rows: dict[Site, Float[Tensor, "token width"]]
     whole: dict[Site, WholeSequences]  # all positions, of the sites where they were asked for
     log_p: dict[str | None, Float[Tensor, "batch pos vocab"]]
+    residual: dict[int, Float[Tensor, "batch pos d_model"]]  # what enters the layers at which other runs can begin
 
     @cached_property
     def top(self) -> dict[str | None, Int[Tensor, "batch pos"]]:
@@ -129,12 +130,28 @@ class CleanRun:
         sites = decomposition.read_layout.sites
         return beside([(self.whole if decomposition.needs_sequences else self.rows)[site] for site in sites])
 
+    def before(self, sites: Sequence[Site]) -> dict[Known, RowsOrSequences]:
+        """What a run with `sites` replaced does not come by, since it begins at the first of them (`patched`)."""
+        layer = first_layer(sites)
+        if layer not in self.residual:
+            return {}
+        values = ((whole, held) for whole, held in ((False, self.rows), (True, self.whole)))
+        return {(site, whole): value for whole, held in values for site, value in held.items() if site.layer < layer}
 
-def clean_run(target: Target, batch: Batch, sites: Sequence[Site], whole: Sequence[Site] = ()) -> CleanRun:
-    """One forward pass a model that yields activations and predictions. `whole`: where all positions are wanted."""
+
+def first_layer(sites: Iterable[Site]) -> int:
+    return min(site.layer for site in sites)
+
+
+def clean_run(
+    target: Target, batch: Batch, sites: Sequence[Site], whole: Sequence[Site] = (), begins: Collection[int] = ()
+) -> CleanRun:
+    """One forward pass a model that yields activations and predictions. `whole`: where all positions are wanted; `begins`: layers
+    at which runs of `patched` are to begin."""
     rows: dict[Site, Tensor] = {}
     sequences: dict[Site, WholeSequences] = {}
     log_p: dict[str | None, Tensor] = {}
+    residual: dict[int, Tensor] = {}
 
     def keep_at(site: Site) -> Replace:
         def record(value: Tensor) -> None:
@@ -144,10 +161,23 @@ def clean_run(target: Target, batch: Batch, sites: Sequence[Site], whole: Sequen
 
         return record
 
-    with target.patch({site: keep_at(site) for site in sites}):
+    def entering(layer: int) -> Replace:
+        return lambda value: residual.update({layer: value})
+
+    entered = target.patch({Site(layer, Point.resid_pre): entering(layer) for layer in begins})
+    with entered, target.patch({site: keep_at(site) for site in sites}):
         for model in target.shape.models:
             log_p[model] = target.predicting(model).logits(batch.tokens).float().log_softmax(-1)
-    return CleanRun(rows, sequences, log_p)
+    return CleanRun(rows, sequences, log_p, residual)
+
+
+@contextmanager
+def patched(target: Target, clean: CleanRun, replacements: Mapping[Site, Replace]) -> Iterator[None]:
+    """`target.patch` of the batch that `clean` has seen. Layers before the first replaced one would compute what they did there, and do not."""
+    layer = first_layer(replacements)
+    begun = target.begun(layer, clean.residual[layer]) if layer in clean.residual else nullcontext()
+    with begun, target.patch(replacements):
+        yield
 
 
 def ablation(batch: Batch, values: Mapping[Site, Float[Tensor, " width"] | None]) -> dict[Site, Replace]:

@@ -28,8 +28,10 @@ from nndecomp.evaluation.patching import (
     ablation,
     by_model,
     clean_run,
+    first_layer,
     model_of,
     patch_sets,
+    patched,
     predictions,
     several_models,
 )
@@ -90,7 +92,7 @@ class _Measured:
             self.errors[Inputs.clean][site].add(batch, clean.rows[site], rows[site])
         self.activity[Inputs.clean].add(batch, actives)
         for sites in self.site_sets:
-            replaced = target.patch(pasted(batch, {site: rows[site] for site in sites}))
+            replaced = patched(target, clean, pasted(batch, {site: rows[site] for site in sites}))
             predictions(target, batch, clean, replaced, self.predicted[Inputs.clean, sites])
 
     def _add_inside(self, inputs: Inputs, target: Target, batch: Batch, clean: CleanRun) -> None:
@@ -99,7 +101,7 @@ class _Measured:
 
         for sites in self.site_sets:
             whole = sites == self.writes
-            replaced = self.answers.inside(inputs, batch, sites, witness if whole else None)
+            replaced = self.answers.inside(inputs, batch, sites, witness if whole else None, clean)
             actives = predictions(target, batch, clean, replaced, self.predicted[inputs, sites])
             if whole:
                 self.activity[inputs].add(batch, actives())
@@ -169,18 +171,19 @@ def evaluate_all(
     attending = [each for each in parts if each.needs_sequences]
     whole = sorted({site for each in attending for site in each.reads})
     site_sets = dict.fromkeys(sites for m in measured.values() for sites in m.site_sets)
+    begins = {first_layer(sites) for sites in site_sets} - {0} if target.begins_late else set()
     unpatched = {model: Predictions(n_seqs, model) for model in target.shape.models}
     ablated = {(kind, sites): Predictions(n_seqs, model_of(sites)) for kind in ("zero", "mean") for sites in site_sets}
     batches = partial(_batches, heldout, keep, cfg.batch_seqs, target.device)
     for m in measured.values():
         m.answers.look_ahead(batches, cfg.masks, seed)
     for batch in batches():
-        clean = clean_run(target, batch, needed, whole)
+        clean = clean_run(target, batch, needed, whole, begins)
         for model, into in unpatched.items():
             into.add(batch, clean, clean.log_p[model])
         for (kind, sites), into in ablated.items():
             values = {site: means[site] if kind == "mean" else None for site in sites}
-            predictions(target, batch, clean, target.patch(ablation(batch, values)), into)
+            predictions(target, batch, clean, patched(target, clean, ablation(batch, values)), into)
         for m in measured.values():
             m.add(target, batch, clean, cfg.masks, seed)
     drawn = resamples(n_seqs, cfg.bootstrap, seed)

@@ -129,6 +129,7 @@ class Target(ABC):
     shape: Shape
     tokenizer: Any  # a transformers PreTrainedTokenizerBase
     device: torch.device
+    begins_late = False  # whether `begun` is there
 
     def predicting(self, model: str | None) -> "Target":
         """The same target with `logits` of the model named: of one model, itself."""
@@ -160,6 +161,10 @@ class Target(ABC):
         Sites are visited in the order in which the model computes them. The hooks are gone afterwards, also
         after an exception.
         """
+
+    def begun(self, layer: int, resid_pre: Float[Tensor, "batch pos d_model"]) -> AbstractContextManager[None]:
+        """Within the block forward passes compute nothing of the layers before `layer`, whose residual stream is `resid_pre`."""
+        raise AssertionError(f"a {type(self).__name__} computes all of its layers")
 
     @abstractmethod
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:

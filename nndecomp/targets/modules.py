@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nndecomp.errors import SettingError
 from nndecomp.targets.base import Neurons, Replace, Target, TargetShape
-from nndecomp.targets.hooks import Side, Tap, record, visiting
+from nndecomp.targets.hooks import Side, Tap, record, standing_still, visiting
 from nndecomp.types import Point, Site
 
 
@@ -66,6 +66,8 @@ class Wiring:
 
 
 class ModuleTarget(Target):
+    begins_late = True
+
     def __init__(self, name: str, model: nn.Module, shape: TargetShape, tokenizer: Any, wiring: Wiring) -> None:
         self.name = name
         self.model = model.eval().requires_grad_(False)
@@ -112,6 +114,12 @@ class ModuleTarget(Target):
     @contextmanager
     def patch(self, replacements: Mapping[Site, Replace]) -> Iterator[None]:
         with visiting([(self._tap(site), replacements[site]) for site in sorted(replacements)]):
+            yield
+
+    @contextmanager
+    def begun(self, layer: int, resid_pre: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
+        blocks = list(self._module(self.wiring.blocks).children())[:layer]
+        with standing_still(blocks), self.patch({Site(layer, Point.resid_pre): lambda _: resid_pre}):
             yield
 
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
