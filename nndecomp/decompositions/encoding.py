@@ -21,8 +21,8 @@ from nndecomp.decompositions.selection import Above, Competition, Found, blocks,
 from nndecomp.decompositions.support import Selected, Support, split_slots
 
 # Entries are listed where less than this share of them counts: beyond, dense products cost less. It is looked up on _SAMPLE tokens or
-# a few more, of batches of at least _MANY.
-_DENSE, _SAMPLE, _MANY = 0.05, 32, 256
+# a few more, of batches of at least _MANY, and at every n-th feature, about _FEATURES in all.
+_DENSE, _SAMPLE, _MANY, _FEATURES = 0.05, 32, 256, 1024
 Inputs = Sequence[Float[Tensor, "token _"]]
 # What was taken away from what a group reads, if that alone is trained: null, where rows want a gradient, or nothing was taken.
 Centres = Sequence[Float[Tensor, "_"] | None]
@@ -97,7 +97,7 @@ def _near(
     learns: bool,
 ) -> list[Selected] | list[Found] | None:
     """The entries that have a code or teach anything, where they are few: then the rest need not be computed with. Null where it
-    is not so, which some of the tokens tell: a function of the batch alone, so that a resumed run decides alike. On a GPU their
+    is not so, which some tokens and features tell: a function of the batch alone, so that a resumed run decides alike. On a GPU their
     number would have to be asked for, and the whole matrix is cheap."""
     n_tokens = len(inputs[0])
     if n_tokens < _MANY or inputs[0].device.type != "cpu":
@@ -108,8 +108,9 @@ def _near(
         floor = activation.floor(g, learns)
         if floor is None:
             return None
-        some = bank.pre_activations(x[:: n_tokens // _SAMPLE])
-        if float(((some if c is None else some * c) > floor).float().mean()) > _DENSE:
+        sample = torch.arange(0, bank.n_features, max(1, bank.n_features // _FEATURES), device=x.device)
+        some = bank.pre_activations(x[:: n_tokens // _SAMPLE], sample)
+        if float(((some if c is None else some * c[sample]) > floor[sample]).float().mean()) > _DENSE:
             return None
         floors.append(floor.to(bank.W_enc))
     if not _apart(banks):
