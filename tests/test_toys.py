@@ -99,6 +99,20 @@ def test_a_residual_toy_is_its_formula():
     assert "W_E" not in dict(toy.named_parameters()), "the embedding is fixed"
 
 
+def test_a_residual_toy_is_the_same_function_in_the_coordinates_that_its_stream_uses():
+    cfg = toy_config("resid_mlp_2")
+    toy = build_toy(cfg, 0).double()
+    assert isinstance(toy, ResidMLP)
+    compact = toy.compact()
+    assert compact.W_E.shape == (100, 100 + 2 * 25), "features, and what two times 25 neurons write"
+    assert toy.W_E.shape == (100, 1000) and toy.mlps[0].mlp_in.weight.shape == (25, 1000), "the toy stays as it was"
+    x = SparseFeatures(cfg, 64, 0, "toy", CPU).next_batch().double()
+    torch.testing.assert_close(compact(x), toy(x))
+    for own, whole in zip(compact.mlps, toy.mlps, strict=True):
+        # What is known of features is scored alike: E W_in^T of each.
+        torch.testing.assert_close(compact.W_E @ own.mlp_in.weight.T, toy.W_E @ whole.mlp_in.weight.T)
+
+
 def test_rows_are_sparse_in_range_and_the_same_after_a_restart():
     for name, low in (("tms_40_10", 0.0), ("resid_mlp_1", -1.0)):
         cfg = toy_config(name)

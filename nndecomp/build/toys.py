@@ -9,7 +9,7 @@ from nndecomp.config.schema import RunConfig
 from nndecomp.decompositions.spd.decomposition import ParameterDecomposition
 from nndecomp.evaluation.toy_recovery import ToyRecovery, scores, toy_recovery
 from nndecomp.targets.maps import find_maps
-from nndecomp.targets.toys import Toy, build_toy
+from nndecomp.targets.toys import ResidMLP, Toy, build_toy
 from nndecomp.training.log import Log
 from nndecomp.training.loop import train
 from nndecomp.training.parameters import SPDObjective
@@ -19,13 +19,13 @@ from nndecomp.training.toys import ToyObjective
 
 
 def trained_toy(cfg: RunConfig, out: Path) -> Toy:
-    """Frozen; goes on from a checkpoint in `out`."""
+    """Frozen, in as few coordinates as it takes; goes on from a checkpoint in `out`."""
     own, _ = toy_settings(cfg)
     toy = build_toy(own, cfg.seed).to(device(cfg))
     rows = SparseFeatures(own, own.training.batch_tokens, cfg.seed, "toy", device(cfg))
     with Log(out, cfg.log, name=f"{cfg.name}/toy") as log:
         train({"toy": ToyObjective(toy)}, rows, own.training, out, log=log, description=f"{cfg.name}: toy")
-    return toy.requires_grad_(False).eval()
+    return (toy.compact() if isinstance(toy, ResidMLP) else toy).requires_grad_(False).eval()
 
 
 def decomposed_toy(cfg: RunConfig, toy: Toy, out: Path) -> ParameterDecomposition:

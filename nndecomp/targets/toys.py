@@ -8,6 +8,8 @@ ResidMLP: Braun et al. 2025, Attribution-based Parameter Decomposition (arXiv 25
 fixed, the embedding and (transposed) the unembedding. Both as in Bushnaq et al. 2025 (arXiv 2506.20790), section 3.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -93,6 +95,31 @@ class ResidMLP(nn.Module):
         for layer in self.layers:
             stream = stream + layer(stream)
         return stream @ self.W_E.T
+
+    @torch.no_grad()
+    def compact(self) -> "ResidMLP":
+        """The same function in the coordinates that the stream ever uses: those of an orthonormal basis Q of all that is written to it.
+
+        E Q,    W_in Q,    Q^T W_out        Q [d_model, rank], r Q Q^T = r for every r that there can be
+        """
+        written = torch.cat([self.W_E, *(layer.mlp_out.weight.T for layer in self.mlps)])
+        Q = torch.linalg.qr(written.T.double()).Q.to(self.W_E)
+        made = copy.deepcopy(self)
+        made.W_E = self.W_E @ Q
+        for layer in made.mlps:
+            d_mlp = layer.mlp_in.out_features
+            W_in, W_out = layer.mlp_in.weight @ Q, Q.T @ layer.mlp_out.weight
+            layer.mlp_in, layer.mlp_out = (
+                nn.Linear(Q.shape[1], d_mlp, bias=False),
+                nn.Linear(d_mlp, Q.shape[1], bias=False),
+            )
+            layer.mlp_in.weight, layer.mlp_out.weight = nn.Parameter(W_in), nn.Parameter(W_out)
+        return made
+
+    @property
+    def mlps(self) -> list[MLP]:
+        """The layers, typed."""
+        return [layer for layer in self.layers if isinstance(layer, MLP)]
 
     def wanted(self, x: Float[Tensor, "... feature"]) -> Float[Tensor, "... feature"]:
         return x + F.relu(x)
