@@ -98,12 +98,16 @@ class ResidMLP(nn.Module):
 
     @torch.no_grad()
     def compact(self) -> "ResidMLP":
-        """The same function in the coordinates that the stream ever uses: those of an orthonormal basis Q of all that is written to it.
+        """The same function in the coordinates that the stream ever uses: those of an orthonormal basis Q of all that is written to it,
+        turned at random, so that no feature is an axis.
 
         E Q,    W_in Q,    Q^T W_out        Q [d_model, rank], r Q Q^T = r for every r that there can be
         """
-        written = torch.cat([self.W_E, *(layer.mlp_out.weight.T for layer in self.mlps)])
-        Q = torch.linalg.qr(written.T.double()).Q.to(self.W_E)
+        written = torch.cat([self.W_E, *(layer.mlp_out.weight.T for layer in self.mlps)]).double().cpu()
+        basis = torch.linalg.qr(written.T).Q
+        draw = torch.Generator().manual_seed(0)
+        turn = torch.linalg.qr(torch.randn(basis.shape[1], basis.shape[1], generator=draw, dtype=basis.dtype)).Q
+        Q = (basis @ turn).to(self.W_E)
         made = copy.deepcopy(self)
         made.W_E = self.W_E @ Q
         for layer in made.mlps:
