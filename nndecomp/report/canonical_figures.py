@@ -19,6 +19,7 @@ from nndecomp.report import style
 from nndecomp.report.canonical import Line, mean, sizes_of
 
 MOST = 4  # children or links that are told apart
+ENDS = {"units of the first": "#0072B2", "units of the second": "#E69F00"}  # of the two that a panel's title names
 LOOKS = {Kind.seed: ("same size, one to one", "matched"), Kind.size: ("in a larger one, the best", "best")}
 
 
@@ -32,7 +33,7 @@ def found_again(lines: Sequence[Line], colours: Mapping[str, str], cutoff: float
                 _found(panel, lines, kind, f"{by}_{how}", colours)
                 panel.set_title(f"{title}, by {by}")
             row[0].set_ylabel(f"share of units > {cutoff}")
-        panels[0][0].set_ylim(-0.02, 1.02)
+        panels[0][0].set_ylim(-0.02, max(0.1, panels[0][0].get_ylim()[1]))
         artists, labels = panels[0][0].get_legend_handles_labels()
         handles = [*artists, Line2D([], [], linestyle=":", color=style.GREY)]
         handles.append(Line2D([], [], linestyle="", marker="x", color=style.GREY))
@@ -45,6 +46,7 @@ def _found(panel: Axes, lines: Sequence[Line], kind: Kind, metric: str, colours:
     there = sorted(_of(lines, kind), key=lambda line: (line["first_times"], line["second_times"]))
     sizes = list(dict.fromkeys(map(sizes_of, there)))
     panel.set_xticks(range(len(sizes)), sizes)
+    panel.margins(x=0.12)
     for method in dict.fromkeys(line["first_method"] for line in _of(lines, kind)):
         colour = style.colour(colours[method], list(dict.fromkeys(colours.values())))
         own = [line for line in there if line["first_method"] == method]
@@ -69,6 +71,7 @@ def _found(panel: Axes, lines: Sequence[Line], kind: Kind, metric: str, colours:
                 [line[f"{metric}_found"] for line in starts],
                 "x",
                 color=colour,
+                zorder=3,  # the points of the trained are at 0 too
             )
 
 
@@ -96,7 +99,8 @@ def children(found: Sequence[Comparison], colours: Mapping[str, str]) -> Figure:
                     at = [bar + (i - (len(sizes) - 1) / 2) * width for bar in range(MOST + 1)]
                     panel.bar(at, _parts([each.cover for each in own]), width, color=colour, alpha=1 / (1 + i))
                     chance = _parts([each.cover_null for each in own])
-                    panel.errorbar(at, chance, xerr=width / 2, fmt="none", ecolor="black", elinewidth=1)
+                    for line, breadth in (("white", 2.5), ("black", 1)):  # a bar may be black too
+                        panel.errorbar(at, chance, xerr=width / 2, fmt="none", ecolor=line, elinewidth=breadth)
             panel.set_title(method)
             panel.set_xticks(range(MOST + 1), ["lost", "kept", *map(str, range(2, MOST)), f"≥ {MOST}"])
             panel.set_xlabel("units that cover it")
@@ -143,16 +147,15 @@ def degrees(found: Sequence[Comparison], of: Sequence[str]) -> Figure | None:
         panels = drawn.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
         for row, own in zip(panels, rows, strict=True):
             for panel, other in zip(row, columns, strict=True):
-                for i, (label, colour) in enumerate(((f"of {own}", "#0072B2"), ("of the other", "#E69F00"))):
+                for i, colour in enumerate(ENDS.values()):
                     share = _shares(torch.cat([both[i] for both in chosen[own, other]]), MOST + 1)
-                    panel.bar([bar + (i - 0.5) * 0.4 for bar in range(MOST + 2)], share, 0.4, color=colour, label=label)
+                    panel.bar([bar + (i - 0.5) * 0.4 for bar in range(MOST + 2)], share, 0.4, color=colour)
                 panel.set_title(f"{own} and {other}")
                 panel.set_xticks(range(MOST + 2), [*map(str, range(MOST + 1)), f"> {MOST}"])
             row[0].set_ylabel("share of units")
         for panel in panels[-1]:
             panel.set_xlabel("links")
-        artists, _ = panels[0][0].get_legend_handles_labels()
-        drawn.legend(artists, ["of the one", "of the other"], loc="outside lower center", ncols=2)
+        style.legend_below(drawn, [Patch(color=colour) for colour in ENDS.values()], list(ENDS))
     return drawn
 
 
